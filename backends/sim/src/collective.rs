@@ -1,0 +1,448 @@
+//! Communicators: ranks meet, check that they agree, and exchange.
+//!
+//! The last rank to arrive carries a group collective out for all; a send and its receive are
+//! carried out by whoever comes second. Nobody blocks. A failure of any rank, a disagreement or an
+//! abort fails the group: the first failure stays, and every rank gets it.
+
+mod exchange;
+
+use crate::cost::Cost;
+use crate::memory::{BorrowError, Guards, Memory, SimTensor, Slot, Span};
+use crate::stream::{Held, StreamShared, Touch, Work, data_failure};
+use crate::system::Shared;
+use exchange::{Part, Shape};
+use hal::op::Access;
+use hal::trace::CommandKind;
+use hal::{
+    Cause, Collective, CollectiveKind, Communicator, CommunicatorId, DeviceId, Error, Label,
+    Result,
+};
+use parking_lot::Mutex;
+use std::any::Any;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+/// A communicator, as its ranks share it.
+#[derive(Debug)]
+pub(crate) struct Group {
+    id: CommunicatorId,
+    size: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The die of each rank that has joined.
+    members: HashMap<usize, DeviceId>,
+    /// Batches of group collectives that each rank has submitted.
+    submitted: HashMap<usize, u64>,
+    rounds: HashMap<u64, Round>,
+    sends: HashMap<(usize, usize), VecDeque<Posted>>,
+    receives: HashMap<(usize, usize), VecDeque<Posted>>,
+    failure: Option<Error>,
+}
+
+/// The ranks that have arrived at one batch of group collectives.
+#[derive(Debug, Default)]
+struct Round {
+    arrivals: Vec<(usize, Held, Arc<[Part]>)>,
+}
+
+/// One send or receive that waits for its counterpart.
+#[derive(Debug)]
+struct Posted {
+    tensor: SimTensor,
+    batch: Arc<PeerBatch>,
+}
+
+/// A batch of sends and receives of one rank: done when each of them is.
+#[derive(Debug)]
+struct PeerBatch {
+    held: Mutex<Option<Held>>,
+    progress: Mutex<(usize, u64, u64)>,
+    ready: u64,
+}
+
+/// One rank's submitted batch, on its way through the stream.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    group: Arc<Group>,
+    rank: usize,
+    /// The batch's number among the rank's group collectives; absent for sends and receives.
+    round: Option<u64>,
+    parts: Arc<[Part]>,
+}
+
+impl Group {
+    pub(crate) fn new(id: CommunicatorId, size: usize) -> Self {
+        Group { id, size, state: Mutex::default() }
+    }
+
+    /// A rank joins.
+    pub(crate) fn join(&self, device: DeviceId, rank: usize, size: usize) -> Result<()> {
+        if size != self.size || rank >= size {
+            let problem = format!("rank {rank} of {size} cannot join a communicator of {}", self.size);
+            return Err(Error::usage(device, problem));
+        }
+        match self.state.lock().members.insert(rank, device) {
+            None => Ok(()),
+            Some(other) => {
+                self.state.lock().members.insert(rank, other);
+                let problem = format!("rank {rank} of the communicator is taken by {other}");
+                Err(Error::usage(device, problem))
+            }
+        }
+    }
+
+    /// Fails everything pending and everything later. The first failure stays.
+    pub(crate) fn fail(&self, error: Error) {
+        let mut victims = Vec::new();
+        {
+            let mut state = self.state.lock();
+            if state.failure.is_some() {
+                return;
+            }
+            state.failure = Some(error.clone());
+            for (_, round) in state.rounds.drain() {
+                victims.extend(round.arrivals.into_iter().map(|(_, held, _)| held));
+            }
+            let posted: Vec<Posted> = {
+                let State { sends, receives, .. } = &mut *state;
+                sends.drain().chain(receives.drain()).flat_map(|(_, queue)| queue).collect()
+            };
+            victims.extend(posted.iter().filter_map(|p| p.batch.held.lock().take()));
+        }
+        for held in victims {
+            held.fail(error.clone());
+        }
+    }
+
+    fn devices(&self, state: &State) -> Vec<DeviceId> {
+        (0..self.size).filter_map(|rank| state.members.get(&rank).copied()).collect()
+    }
+}
+
+impl Submission {
+    /// The batch has become the head of its stream.
+    pub(crate) fn arrive(self, held: Held) {
+        let system = held.stream.system.clone();
+        match self.round {
+            Some(round) => self.arrive_at_round(&system, round, held),
+            None => self.post(&system, held),
+        }
+    }
+
+    fn arrive_at_round(self, system: &Arc<Shared>, number: u64, held: Held) {
+        let complete = {
+            let mut state = self.group.state.lock();
+            if let Some(failure) = state.failure.clone() {
+                drop(state);
+                return held.fail(failure);
+            }
+            let round = state.rounds.entry(number).or_default();
+            round.arrivals.push((self.rank, held, self.parts));
+            if round.arrivals.len() < self.group.size {
+                return;
+            }
+            let devices = self.group.devices(&state);
+            state.rounds.remove(&number).map(|round| (round, devices))
+        };
+        if let Some((mut round, devices)) = complete {
+            round.arrivals.sort_by_key(|(rank, ..)| *rank);
+            run_round(system.clone(), self.group, round, devices);
+        }
+    }
+
+    /// Matches each send and receive with its counterpart, or leaves it to wait.
+    fn post(self, system: &Arc<Shared>, held: Held) {
+        let batch = Arc::new(PeerBatch {
+            ready: held.ready,
+            progress: Mutex::new((self.parts.len(), 0, 0)),
+            held: Mutex::new(Some(held)),
+        });
+        let mut matched = Vec::new();
+        {
+            let mut state = self.group.state.lock();
+            if let Some(failure) = state.failure.clone() {
+                drop(state);
+                if let Some(held) = batch.held.lock().take() {
+                    held.fail(failure);
+                }
+                return;
+            }
+            let State { sends, receives, .. } = &mut *state;
+            for part in self.parts.iter() {
+                let (mine, theirs, key, tensor) = match (&part.shape, &part.send, &part.recv) {
+                    (Shape::Send { peer }, Some(t), _) => (&mut *sends, &mut *receives, (self.rank, *peer), t),
+                    (Shape::Receive { peer }, _, Some(t)) => (&mut *receives, &mut *sends, (*peer, self.rank), t),
+                    _ => continue,
+                };
+                let posted = Posted { tensor: tensor.clone(), batch: batch.clone() };
+                match theirs.get_mut(&key).and_then(VecDeque::pop_front) {
+                    Some(other) => {
+                        let send_first = matches!(part.shape, Shape::Send { .. });
+                        matched.push((key, if send_first { (posted, other) } else { (other, posted) }));
+                    }
+                    None => mine.entry(key).or_default().push_back(posted),
+                }
+            }
+        }
+        for ((from, to), (send, receive)) in matched {
+            run_pair(system.clone(), self.group.clone(), (from, to), send, receive);
+        }
+    }
+}
+
+/// Carries out a batch that every rank has arrived at.
+fn run_round(system: Arc<Shared>, group: Arc<Group>, round: Round, devices: Vec<DeviceId>) {
+    let ranks: Vec<&[Part]> = round.arrivals.iter().map(|(_, _, parts)| &**parts).collect();
+    let exchanged = exchange::check(&ranks).map_err(Cause::Mismatch).and_then(|()| {
+        if !system.mode.functional() {
+            return Ok(());
+        }
+        match exchange::run(&ranks) {
+            Ok(()) => Ok(()),
+            Err(error) => Err(data_failure(&error).unwrap_or_else(|| Cause::Data(BUSY.into()))),
+        }
+    });
+    match exchanged {
+        Ok(()) => {
+            let start = round.arrivals.iter().map(|(_, held, _)| held.ready).max().unwrap_or(0);
+            let cost = total_cost(&system, &ranks, &devices);
+            for (_, held, _) in round.arrivals {
+                held.complete(start, cost);
+            }
+        }
+        // Another command holds part of the memory: come back when it is done.
+        Err(Cause::Data(text)) if text == BUSY => {
+            let again = system.clone();
+            system.pool.spawn(move || run_round(again, group, round, devices));
+        }
+        Err(cause) => {
+            let origin = round.arrivals[0].1.failure(cause);
+            group.fail(origin.clone());
+            for (_, held, _) in round.arrivals {
+                held.fail(origin.clone());
+            }
+        }
+    }
+}
+
+/// Marks contended memory; never leaves this file.
+const BUSY: &str = "\0busy";
+
+fn total_cost(system: &Shared, ranks: &[&[Part]], devices: &[DeviceId]) -> Cost {
+    if !system.mode.timed() {
+        return Cost::NOTHING;
+    }
+    let batch = ranks[0].len();
+    let costs = (0..batch).map(|i| {
+        let bytes = ranks.iter().map(|parts| parts[i].bytes()).max().unwrap_or(0);
+        system.cost.collective(ranks[0][i].kind, bytes, devices, &system.topology)
+    });
+    costs
+        .reduce(|a, b| Cost {
+            picos: a.picos + b.picos,
+            operations: a.operations + b.operations,
+            bytes: a.bytes + b.bytes,
+            bound: a.bound,
+        })
+        .unwrap_or(Cost::NOTHING)
+}
+
+/// Carries out a send and its receive.
+fn run_pair(
+    system: Arc<Shared>,
+    group: Arc<Group>,
+    (from, to): (usize, usize),
+    send: Posted,
+    receive: Posted,
+) {
+    let (a, b) = (&send.tensor, &receive.tensor);
+    if a.desc.dtype() != b.desc.dtype() || a.desc.elements() != b.desc.elements() {
+        let text = format!("rank {from} sends {:?} and rank {to} expects {:?}", a.desc, b.desc);
+        let held = [&send, &receive].map(|p| p.batch.held.lock().take());
+        let origin = held.iter().flatten().next().map(|h| h.failure(Cause::Mismatch(text)));
+        if let Some(origin) = origin {
+            group.fail(origin.clone());
+            held.into_iter().flatten().for_each(|h| h.fail(origin.clone()));
+        }
+        return;
+    }
+    if system.mode.functional() && copy(a, b).is_err() {
+        let again = system.clone();
+        return system.pool.spawn(move || run_pair(again, group, (from, to), send, receive));
+    }
+    let start = send.batch.ready.max(receive.batch.ready);
+    let cost = match system.mode.timed() {
+        true => system.cost.collective(
+            CollectiveKind::Send,
+            a.desc.bytes(),
+            &[a.memory.device, b.memory.device],
+            &system.topology,
+        ),
+        false => Cost::NOTHING,
+    };
+    for posted in [send, receive] {
+        posted.batch.one_done(start + cost.picos, cost.bytes);
+    }
+}
+
+fn copy(src: &SimTensor, dst: &SimTensor) -> Result<(), BorrowError> {
+    let span = |t, access| span(t, access);
+    let spans = [span(src, Access::Read), span(dst, Access::Write)];
+    let mut guards = Guards::lock(&spans)?;
+    if let [Slot::Read(from), Slot::Write(to)] = guards.carve(&spans)?.as_mut_slice() {
+        to.copy_from_slice(from);
+    }
+    Ok(())
+}
+
+pub(crate) fn span(t: &SimTensor, access: Access) -> Span<'_> {
+    let memory: &Memory = &t.memory;
+    Span { memory, offset: t.offset, len: t.desc.extent(), access }
+}
+
+impl PeerBatch {
+    fn one_done(&self, end: u64, bytes: u64) {
+        let finished = {
+            let mut progress = self.progress.lock();
+            progress.0 -= 1;
+            progress.1 = progress.1.max(end);
+            progress.2 += bytes;
+            (progress.0 == 0).then_some((progress.1, progress.2))
+        };
+        if let Some((end, bytes)) = finished
+            && let Some(held) = self.held.lock().take()
+        {
+            let bound = hal::trace::Bound::Link;
+            held.complete(self.ready, Cost { picos: end - self.ready, operations: 0, bytes, bound });
+        }
+    }
+}
+
+/// One rank of a group.
+#[derive(Debug)]
+pub(crate) struct SimCommunicator {
+    system: Arc<Shared>,
+    group: Arc<Group>,
+    device: DeviceId,
+    rank: usize,
+}
+
+impl SimCommunicator {
+    pub(crate) fn new(system: Arc<Shared>, group: Arc<Group>, device: DeviceId, rank: usize) -> Self {
+        SimCommunicator { system, group, device, rank }
+    }
+
+    pub(crate) fn check_device(&self, stream: DeviceId, kind: CommandKind, label: &Label) -> Result<()> {
+        if stream == self.device {
+            return Ok(());
+        }
+        let problem = format!("rank {} of the communicator is {}, not {stream}", self.rank, self.device);
+        Err(Error::misuse(stream, kind.name(), label, problem))
+    }
+
+    /// Queues this rank's batch on a stream.
+    pub(crate) fn submit(
+        &self,
+        stream: &Arc<StreamShared>,
+        kind: CommandKind,
+        label: &Label,
+        batch: &[Collective],
+        operands: &[(Option<SimTensor>, Option<SimTensor>)],
+        touches: &[Touch<'_>],
+    ) -> Result<()> {
+        let misuse = |problem| Error::misuse(self.device, kind.name(), label, problem);
+        let parts: Vec<Part> = batch
+            .iter()
+            .zip(operands)
+            .map(|(collective, (send, recv))| {
+                Part::new(collective, send.clone(), recv.clone(), self.group.size)
+            })
+            .collect::<Result<_, String>>()
+            .map_err(misuse)?;
+        let peers = parts.iter().filter(|p| p.is_peer_to_peer()).count();
+        if peers != 0 && peers != parts.len() {
+            return Err(misuse("a batch holds either group collectives or sends and receives".into()));
+        }
+        self.status()?;
+        stream.takes_part_in(&self.group);
+        let admitted = stream.admit(kind, label, touches).inspect_err(|error| {
+            // This rank will not take part: nobody shall wait for it.
+            if !matches!(error, Error::Usage(_)) {
+                self.group.fail(error.clone());
+            }
+        })?;
+        let round = (peers == 0).then(|| {
+            let mut state = self.group.state.lock();
+            let count = state.submitted.entry(self.rank).or_default();
+            *count += 1;
+            *count
+        });
+        admitted.push(Work::Collective(Submission {
+            group: self.group.clone(),
+            rank: self.rank,
+            round,
+            parts: parts.into(),
+        }));
+        Ok(())
+    }
+}
+
+impl Communicator for SimCommunicator {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn id(&self) -> CommunicatorId {
+        self.group.id
+    }
+
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.group.size
+    }
+
+    fn device(&self) -> DeviceId {
+        self.device
+    }
+
+    fn abort(&self, reason: &str) {
+        let origin = hal::Failure {
+            stream: hal::StreamId { device: self.device, index: 0 },
+            stream_label: "host".into(),
+            sequence: 0,
+            op: "abort",
+            label: Label::Static("communicator"),
+            cause: Cause::Aborted(reason.into()),
+        };
+        self.group.fail(Error::Failed(Arc::new(origin)));
+    }
+
+    fn status(&self) -> Result<()> {
+        self.group.state.lock().failure.clone().map_or(Ok(()), Err)
+    }
+}
+
+impl Drop for SimCommunicator {
+    fn drop(&mut self) {
+        let mut groups = self.system.groups.lock();
+        // The last rank's handle takes the group out of the registry.
+        if let Some(group) = groups.get(&self.group.id)
+            && Arc::ptr_eq(group, &self.group)
+        {
+            let empty = {
+                let mut state = group.state.lock();
+                state.members.remove(&self.rank);
+                state.members.is_empty()
+            };
+            if empty {
+                groups.remove(&self.group.id);
+            }
+        }
+    }
+}

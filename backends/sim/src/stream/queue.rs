@@ -1,0 +1,724 @@
+//! One stream's queue: how commands enter it, advance, complete and fail.
+//!
+//! A stream is idle, scheduled on a worker, held by something that will wake it, or hung. A worker
+//! drains it until it is empty or held. No worker blocks, so that any number of streams runs on any
+//! number of threads.
+//!
+//! Simulated time travels with execution: a command starts when the one before it on its stream
+//! has ended, when what it waits for has ended, and when the host had issued it, whichever is
+//! last. Those are all known when it is its turn, so times depend on the program alone.
+
+use super::work::{Outcome, Work};
+use crate::collective::Group;
+use crate::cost::Cost;
+use crate::device::DieState;
+use crate::memory::Memory;
+use crate::system::Shared;
+use hal::fault::FaultAction;
+use hal::op::Access;
+use hal::trace::{CommandKind, Span};
+use hal::{Cause, Clock, Error, Failure, Label, Result, StreamId, Timeline, Timestamp};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use std::any::Any;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// How many completion times a stream remembers beyond those that the host has not seen.
+const REMEMBERED: usize = 1 << 16;
+
+/// How long a host wait spins before it sleeps: about what going to sleep and waking costs.
+const SPIN: Duration = Duration::from_micros(30);
+
+/// A stream, as its queue, its waiters and its workers share it.
+#[derive(Debug)]
+pub(crate) struct StreamShared {
+    pub(crate) system: Arc<Shared>,
+    pub(crate) id: StreamId,
+    pub(crate) label: Arc<str>,
+    queue: Mutex<Queue>,
+    reached: AtomicU64,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Queue {
+    pending: VecDeque<Pending>,
+    activity: Activity,
+    submitted: u64,
+    failure: Option<Error>,
+    /// Simulated end of the last command.
+    now: u64,
+    ends: Ends,
+    waiters: Vec<Waiter>,
+    /// Communicators that it has submitted collectives to.
+    groups: Vec<Arc<Group>>,
+}
+
+#[derive(Clone, Debug)]
+enum Activity {
+    Idle,
+    /// A worker is draining it, or will.
+    Scheduled,
+    /// The command with this sequence number waits for something that will wake the stream.
+    Held(Brief),
+    /// A fault rule made this command endless.
+    Hung(Brief),
+}
+
+/// What messages say about a command.
+#[derive(Clone, Debug)]
+struct Brief {
+    sequence: u64,
+    kind: CommandKind,
+    label: Label,
+    waits_for: Option<String>,
+}
+
+impl Brief {
+    fn of(pending: &Pending, waits_for: Option<String>) -> Self {
+        let Pending { sequence, kind, label, .. } = pending;
+        Brief { sequence: *sequence, kind: *kind, label: label.clone(), waits_for }
+    }
+}
+
+/// A command in the queue.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    pub(crate) sequence: u64,
+    pub(crate) kind: CommandKind,
+    pub(crate) label: Label,
+    /// When the host had issued it.
+    pub(crate) issued: u64,
+    fault: FaultAction,
+    work: Work,
+}
+
+/// A command that is the head of its stream and waits for other ranks. Whoever holds it completes
+/// or fails it.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) stream: Arc<StreamShared>,
+    pub(crate) sequence: u64,
+    pub(crate) label: Label,
+    kind: CommandKind,
+    /// When it could have started, by its own stream.
+    pub(crate) ready: u64,
+    delay: u64,
+}
+
+/// A range that a command is about to touch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Touch<'a> {
+    pub(crate) memory: &'a Memory,
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+    pub(crate) access: Access,
+}
+
+/// Completion times of a stream's commands, oldest first.
+#[derive(Debug, Default)]
+struct Ends {
+    /// Sequence number of the first one kept.
+    first: u64,
+    times: VecDeque<u64>,
+    /// The host has synchronised with this value.
+    seen: u64,
+}
+
+impl Ends {
+    fn push(&mut self, end: u64) {
+        if self.times.is_empty() && self.first == 0 {
+            self.first = 1;
+        }
+        self.times.push_back(end);
+        while self.times.len() > REMEMBERED && self.first < self.seen {
+            self.times.pop_front();
+            self.first += 1;
+        }
+    }
+
+    /// The last sequence number completed.
+    fn last(&self) -> u64 {
+        (self.first + self.times.len() as u64).saturating_sub(1)
+    }
+
+    fn get(&self, sequence: u64) -> Option<u64> {
+        self.times.get(sequence.checked_sub(self.first)? as usize).copied()
+    }
+}
+
+/// A command that was accepted and has its place in the queue; the queue stays locked until its
+/// work is pushed.
+pub(crate) struct Admitted<'q> {
+    stream: &'q Arc<StreamShared>,
+    queue: MutexGuard<'q, Queue>,
+    sequence: u64,
+    kind: CommandKind,
+    label: Label,
+    issued: u64,
+    fault: FaultAction,
+}
+
+impl Admitted<'_> {
+    /// Puts the work in the queue and returns its sequence number.
+    pub(crate) fn push(self, work: Work) -> u64 {
+        let Admitted { stream, mut queue, sequence, kind, label, issued, fault } = self;
+        queue.submitted = sequence;
+        queue.pending.push_back(Pending { sequence, kind, label, issued, fault, work });
+        let start = matches!(queue.activity, Activity::Idle);
+        if start {
+            queue.activity = Activity::Scheduled;
+        }
+        drop(queue);
+        if start {
+            stream.schedule();
+        }
+        sequence
+    }
+}
+
+enum Next {
+    Run(Pending),
+    Done,
+}
+
+/// Whether the worker goes on with the stream's next command.
+enum Flow {
+    Continue,
+    Stop,
+}
+
+/// A stream whose command `sequence` waits for `value` of the stream that keeps this.
+#[derive(Debug)]
+struct Waiter {
+    value: u64,
+    stream: Arc<StreamShared>,
+    sequence: u64,
+}
+
+/// What remains of a command once it has run.
+struct Finished {
+    sequence: u64,
+    kind: CommandKind,
+    label: Label,
+    issued: u64,
+}
+
+impl From<Pending> for Finished {
+    fn from(p: Pending) -> Self {
+        Finished { sequence: p.sequence, kind: p.kind, label: p.label, issued: p.issued }
+    }
+}
+
+impl StreamShared {
+    pub(crate) fn new(system: Arc<Shared>, id: StreamId, label: &str) -> Self {
+        StreamShared {
+            system,
+            id,
+            label: label.into(),
+            queue: Mutex::new(Queue {
+                pending: VecDeque::new(),
+                activity: Activity::Idle,
+                submitted: 0,
+                failure: None,
+                now: 0,
+                ends: Ends::default(),
+                waiters: Vec::new(),
+                groups: Vec::new(),
+            }),
+            reached: AtomicU64::new(0),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn die(&self) -> &DieState {
+        &self.system.dies[self.id.device.0 as usize]
+    }
+
+    fn timed(&self) -> bool {
+        self.system.mode.timed()
+    }
+
+    /// An error if the die is lost or the stream poisoned.
+    pub(crate) fn usable(&self) -> Result<()> {
+        self.die().alive()?;
+        self.queue.lock().failure.clone().map_or(Ok(()), Err)
+    }
+
+    /// The sequence number of the last command submitted.
+    pub(crate) fn submitted(&self) -> u64 {
+        self.queue.lock().submitted
+    }
+
+    /// Marks fresh memory as written by this stream's last command.
+    pub(crate) fn note_allocation(&self, memory: &Memory) {
+        let sequence = self.submitted();
+        let order = &self.system.order;
+        let noted = memory.accesses.lock().access(order, self.id, sequence, 0..memory.size, true);
+        debug_assert!(noted.is_ok(), "nobody else knows fresh memory");
+    }
+
+    /// Accepts a command: the stream works, nothing conflicts with it, the host has issued it.
+    pub(crate) fn admit<'q>(
+        self: &'q Arc<Self>,
+        kind: CommandKind,
+        label: &Label,
+        touches: &[Touch<'_>],
+    ) -> Result<Admitted<'q>> {
+        self.die().alive()?;
+        let queue = self.queue.lock();
+        if let Some(failure) = &queue.failure {
+            return Err(failure.clone());
+        }
+        let sequence = queue.submitted + 1;
+        for touch in touches {
+            self.check_hazard(touch, sequence, kind, label)?;
+        }
+        let issued = match self.timed() {
+            true => {
+                let cost = self.system.cost.host_issue();
+                self.die().host_clock.fetch_add(cost, Ordering::Relaxed) + cost
+            }
+            false => 0,
+        };
+        let fault = match self.die().faults() {
+            Some(plan) => plan.decide(self.id.device, kind.name(), label.as_str()),
+            None => FaultAction::Pass,
+        };
+        Ok(Admitted { stream: self, queue, sequence, kind, label: label.clone(), issued, fault })
+    }
+
+    /// Accepts a command and queues its work.
+    pub(crate) fn submit(
+        self: &Arc<Self>,
+        kind: CommandKind,
+        label: Label,
+        touches: &[Touch<'_>],
+        work: Work,
+    ) -> Result<u64> {
+        Ok(self.admit(kind, &label, touches)?.push(work))
+    }
+
+    fn check_hazard(
+        &self,
+        touch: &Touch<'_>,
+        sequence: u64,
+        kind: CommandKind,
+        label: &Label,
+    ) -> Result<()> {
+        let Touch { memory, offset, len, access } = *touch;
+        let mut log = memory.accesses.lock();
+        let range = offset..offset + len;
+        log.access(&self.system.order, self.id, sequence, range, access.writes()).map_err(|past| {
+            let verb = |writes| if writes { "writes" } else { "reads" };
+            let problem = format!(
+                "hazard: it {} bytes {offset}..{} of buffer {} and nothing orders it after command {} of {}, which {} bytes {}..{}; wait for a point of that stream first",
+                verb(access.writes()),
+                offset + len,
+                memory.id.0,
+                past.sequence,
+                past.stream,
+                verb(past.wrote),
+                past.range.start,
+                past.range.end,
+            );
+            Error::misuse(self.id.device, kind.name(), label, problem)
+        })
+    }
+
+    /// Copies host memory to the device: at once if the stream is idle, else from a copy of its
+    /// own.
+    pub(crate) fn write(self: &Arc<Self>, memory: &Arc<Memory>, offset: u64, src: &[u8]) -> Result<()> {
+        let len = src.len() as u64;
+        let touch = [Touch { memory, offset, len, access: Access::Write }];
+        let label = Label::Static("write");
+        let mut admitted = self.admit(CommandKind::Write, &label, &touch)?;
+        let idle = matches!(admitted.queue.activity, Activity::Idle)
+            && admitted.fault == FaultAction::Pass;
+        let copied = idle && {
+            // Scheduled, so that no worker starts while this thread copies.
+            admitted.queue.activity = Activity::Scheduled;
+            MutexGuard::unlocked(&mut admitted.queue, || {
+                !self.system.mode.functional()
+                    || memory.try_write(offset, len, |m| m.copy_from_slice(src)).is_some()
+            })
+        };
+        if idle {
+            admitted.queue.activity = Activity::Idle;
+        }
+        let bytes = if copied || !self.system.mode.functional() { Box::default() } else { src.into() };
+        admitted.push(Work::Write { memory: memory.clone(), offset, bytes, len });
+        Ok(())
+    }
+
+    /// Queues a wait for another stream.
+    pub(crate) fn wait_for(self: &Arc<Self>, target: &StreamShared, value: u64) -> Result<()> {
+        if target.id == self.id {
+            return Ok(());
+        }
+        if !Arc::ptr_eq(&target.system, &self.system) {
+            let problem = format!("the point on {} is another system's", target.id);
+            return Err(Error::usage(self.id.device, problem));
+        }
+        let Some(target) = self.system.dies[target.id.device.0 as usize].stream(target.id) else {
+            // A stream that nobody holds has no points either.
+            return Ok(());
+        };
+        let admitted = self.admit(CommandKind::Wait, &"wait".into(), &[])?;
+        self.system.order.wait(self.id, admitted.sequence, target.id, value);
+        admitted.push(Work::Wait { target, value });
+        Ok(())
+    }
+
+    /// Asks a worker to drain the stream.
+    fn schedule(self: &Arc<Self>) {
+        let stream = self.clone();
+        self.system.pool.spawn(move || stream.drain());
+    }
+
+    /// Wakes a held stream, if `sequence` is what holds it.
+    fn wake(self: &Arc<Self>, sequence: u64) {
+        let mut queue = self.queue.lock();
+        if matches!(&queue.activity, Activity::Held(brief) if brief.sequence == sequence) {
+            queue.activity = Activity::Scheduled;
+            drop(queue);
+            self.schedule();
+        }
+    }
+
+    /// Runs commands until there are none or one is held. Runs on one worker at a time.
+    fn drain(self: &Arc<Self>) {
+        loop {
+            let pending = match self.next() {
+                Next::Run(pending) => pending,
+                Next::Done => return,
+            };
+            let delay = match &pending.fault {
+                FaultAction::Pass => 0,
+                FaultAction::Delay(by) => (by.as_nanos() * 1000).min(u128::from(u64::MAX)) as u64,
+                FaultAction::Fail(text) => {
+                    return self.fail_command(&pending, Cause::Injected(text.clone()));
+                }
+                FaultAction::Lose => return self.die().lose("a fault rule took it away".into()),
+                _ => {
+                    let mut queue = self.queue.lock();
+                    queue.activity = Activity::Hung(Brief::of(&pending, None));
+                    return;
+                }
+            };
+            match self.execute(pending, delay) {
+                Flow::Continue => {}
+                Flow::Stop => return,
+            }
+        }
+    }
+
+    fn next(&self) -> Next {
+        let mut queue = self.queue.lock();
+        match queue.pending.pop_front() {
+            Some(pending) if queue.failure.is_none() => Next::Run(pending),
+            _ => {
+                queue.activity = Activity::Idle;
+                Next::Done
+            }
+        }
+    }
+
+    fn execute(self: &Arc<Self>, mut pending: Pending, delay: u64) -> Flow {
+        match std::mem::replace(&mut pending.work, Work::Nothing) {
+            Work::Wait { target, value } => self.execute_wait(pending, target, value, delay),
+            Work::Collective(collective) => {
+                let held = self.hold(&pending, delay);
+                collective.arrive(held);
+                Flow::Stop
+            }
+            work => match work.run(&self.system, self.id.device) {
+                Outcome::Done(cost) => {
+                    self.finish(&pending.into(), cost, delay, 0);
+                    Flow::Continue
+                }
+                Outcome::Busy => {
+                    // Another command holds the memory (disjoint parts of one buffer): later.
+                    pending.work = work;
+                    self.queue.lock().pending.push_front(pending);
+                    self.schedule();
+                    Flow::Stop
+                }
+                Outcome::Failed(cause) => {
+                    self.fail_command(&pending, cause);
+                    Flow::Stop
+                }
+            },
+        }
+    }
+
+    fn execute_wait(
+        self: &Arc<Self>,
+        mut pending: Pending,
+        target: Arc<StreamShared>,
+        value: u64,
+        delay: u64,
+    ) -> Flow {
+        match target.queue.lock().passed(value) {
+            Some(Ok(end)) => {
+                self.finish(&pending.into(), Cost::NOTHING, delay, end);
+                return Flow::Continue;
+            }
+            Some(Err(error)) => {
+                self.fail(error);
+                return Flow::Stop;
+            }
+            None => {}
+        }
+        // Back into the queue, to be asked again when the target wakes this stream. Never two
+        // queues locked at once: two streams may wait for each other's past.
+        let sequence = pending.sequence;
+        let waits_for = Some(format!("command {value} of {}", target.describe()));
+        let brief = Brief::of(&pending, waits_for);
+        pending.work = Work::Wait { target: target.clone(), value };
+        {
+            let mut queue = self.queue.lock();
+            queue.pending.push_front(pending);
+            queue.activity = Activity::Held(brief);
+        }
+        let mut queue = target.queue.lock();
+        if queue.passed(value).is_none() {
+            queue.waiters.push(Waiter { value, stream: self.clone(), sequence });
+        } else {
+            drop(queue);
+            self.wake(sequence);
+        }
+        Flow::Stop
+    }
+
+    /// Hands the head of the stream to a collective.
+    fn hold(self: &Arc<Self>, pending: &Pending, delay: u64) -> Held {
+        let mut queue = self.queue.lock();
+        let waits_for = Some("the other ranks".to_string());
+        queue.activity = Activity::Held(Brief::of(pending, waits_for));
+        Held {
+            stream: self.clone(),
+            sequence: pending.sequence,
+            label: pending.label.clone(),
+            kind: pending.kind,
+            ready: queue.now.max(pending.issued),
+            delay,
+        }
+    }
+
+    /// A command has completed: time, traces, and whoever waits for it.
+    fn finish(&self, done: &Finished, cost: Cost, delay: u64, not_before: u64) {
+        let mut queue = self.queue.lock();
+        if queue.failure.is_some() {
+            return;
+        }
+        let start = queue.now.max(done.issued).max(not_before);
+        let end = start + cost.picos + delay;
+        queue.now = end;
+        queue.ends.push(end);
+        self.reached.store(done.sequence, Ordering::Release);
+        let woken: Vec<Waiter> = if queue.waiters.is_empty() {
+            Vec::new()
+        } else {
+            queue.waiters.extract_if(.., |w| w.value <= done.sequence).collect()
+        };
+        drop(queue);
+        self.changed.notify_all();
+        if self.timed()
+            && let Some(sink) = self.die().trace()
+        {
+            sink.record(&Span {
+                stream: self.id,
+                sequence: done.sequence,
+                kind: done.kind,
+                label: done.label.clone(),
+                clock: Clock::Simulated,
+                start,
+                end,
+                operations: cost.operations,
+                bytes: cost.bytes,
+                bound: cost.bound,
+            });
+        }
+        for waiter in woken {
+            waiter.stream.wake(waiter.sequence);
+        }
+    }
+
+    fn fail_command(self: &Arc<Self>, pending: &Pending, cause: Cause) {
+        self.fail(self.failure_of(pending.sequence, pending.kind, &pending.label, cause));
+    }
+
+    fn failure_of(&self, sequence: u64, kind: CommandKind, label: &Label, cause: Cause) -> Error {
+        Error::Failed(Arc::new(Failure {
+            stream: self.id,
+            stream_label: self.label.clone(),
+            sequence,
+            op: kind.name(),
+            label: label.clone(),
+            cause,
+        }))
+    }
+
+    /// Poisons the stream: nothing more runs on it, and whoever waits for it fails alike. The
+    /// first failure stays.
+    pub(crate) fn fail(&self, error: Error) {
+        let (dropped, waiters, groups) = {
+            let mut queue = self.queue.lock();
+            if queue.failure.is_some() {
+                return;
+            }
+            queue.failure = Some(error.clone());
+            if matches!(queue.activity, Activity::Held(_) | Activity::Hung(_)) {
+                queue.activity = Activity::Idle;
+            }
+            (
+                std::mem::take(&mut queue.pending),
+                std::mem::take(&mut queue.waiters),
+                std::mem::take(&mut queue.groups),
+            )
+        };
+        self.changed.notify_all();
+        drop(dropped);
+        for waiter in waiters {
+            waiter.stream.wake(waiter.sequence);
+        }
+        // A rank that will never arrive fails the collectives of all others.
+        for group in groups {
+            group.fail(error.clone());
+        }
+    }
+
+    /// The stream has work in a communicator: if the stream fails, the communicator does.
+    pub(crate) fn takes_part_in(&self, group: &Arc<Group>) {
+        let mut queue = self.queue.lock();
+        if !queue.groups.iter().any(|g| Arc::ptr_eq(g, group)) {
+            queue.groups.push(group.clone());
+        }
+    }
+
+    pub(crate) fn describe(&self) -> String {
+        format!("stream {:?} on {}", self.label, self.id.device)
+    }
+
+    /// What the stream is doing, for a timeout's message.
+    fn pending_text(queue: &Queue) -> String {
+        let next = queue.pending.front().map(|p| Brief::of(p, None));
+        let brief = match &queue.activity {
+            Activity::Held(brief) | Activity::Hung(brief) => Some(brief.clone()),
+            _ => next,
+        };
+        match brief {
+            None => "its last command is still running".to_string(),
+            Some(Brief { sequence, kind, label, waits_for }) => {
+                let mut text = format!("its oldest unfinished command is {sequence} ({} {label:?})", kind.name());
+                if matches!(queue.activity, Activity::Hung(_)) {
+                    text += ", which hangs by a fault rule";
+                }
+                if let Some(what) = waits_for {
+                    text += &format!(", which waits for {what}");
+                }
+                text
+            }
+        }
+    }
+
+    /// Blocks the host until `value` is reached, and moves the host's clock to then.
+    pub(crate) fn synchronize_value(&self, value: u64, timeout: Duration) -> Result<()> {
+        let began = Instant::now();
+        while self.reached.load(Ordering::Acquire) < value && began.elapsed() < SPIN {
+            std::hint::spin_loop();
+        }
+        let mut queue = self.queue.lock();
+        loop {
+            match queue.passed(value) {
+                Some(Ok(end)) => {
+                    queue.ends.seen = queue.ends.seen.max(value);
+                    drop(queue);
+                    if self.timed() {
+                        let known = end + self.system.cost.host_sync();
+                        self.die().host_clock.fetch_max(known, Ordering::Relaxed);
+                    }
+                    self.system.order.host_synchronized(self.id, value);
+                    return Ok(());
+                }
+                Some(Err(error)) => return Err(error),
+                None => {}
+            }
+            let left = timeout.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return Err(Error::Timeout {
+                    waiting_for: format!("command {value} of {}", self.describe()),
+                    after: timeout,
+                    pending: Self::pending_text(&queue),
+                });
+            }
+            self.changed.wait_for(&mut queue, left);
+        }
+    }
+}
+
+impl Queue {
+    /// Whether `value` was reached, and when; or the failure because of which it never will be.
+    fn passed(&self, value: u64) -> Option<Result<u64>> {
+        if self.ends.last() >= value {
+            return Some(Ok(self.ends.get(value).unwrap_or(0)));
+        }
+        self.failure.clone().map(Err)
+    }
+}
+
+impl Held {
+    /// Completes the command at `start + cost` and lets its stream go on.
+    pub(crate) fn complete(self, start: u64, cost: Cost) {
+        let done = Finished {
+            sequence: self.sequence,
+            kind: self.kind,
+            label: self.label.clone(),
+            issued: 0,
+        };
+        self.stream.finish(&done, cost, self.delay, start);
+        self.stream.wake(self.sequence);
+    }
+
+    /// Fails the command: with `error` itself if it came from elsewhere, or as its own failure.
+    pub(crate) fn fail(self, error: Error) {
+        self.stream.fail(error);
+    }
+
+    /// The failure of this command for this reason.
+    pub(crate) fn failure(&self, cause: Cause) -> Error {
+        self.stream.failure_of(self.sequence, self.kind, &self.label, cause)
+    }
+}
+
+impl Timeline for StreamShared {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn stream(&self) -> StreamId {
+        self.id
+    }
+
+    fn reached(&self) -> u64 {
+        self.reached.load(Ordering::Acquire)
+    }
+
+    fn synchronize(&self, value: u64, timeout: Duration) -> Result<()> {
+        self.synchronize_value(value, timeout)
+    }
+
+    fn completed_at(&self, value: u64) -> Option<Timestamp> {
+        if !self.timed() {
+            return None;
+        }
+        let picos = match value {
+            0 => 0,
+            _ => self.queue.lock().ends.get(value)?,
+        };
+        Some(Timestamp { clock: Clock::Simulated, picos })
+    }
+}

@@ -1,0 +1,131 @@
+//! A running machine: its dies, its worker threads and what they share.
+
+use crate::collective::Group;
+use crate::cost::{CostModel, Roofline};
+use crate::device::{DieState, SimDevice};
+use crate::kernels;
+use crate::machine::Machine;
+use hal::hazard::StreamOrder;
+use hal::{CommunicatorId, Device, DeviceId, Error, Topology};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+/// Whether commands compute values, take time, or both. The same commands are issued in each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Values and time.
+    #[default]
+    Full,
+    /// Values only.
+    FunctionalOnly,
+    /// Time only. Buffers have no storage, so a model of any size fits.
+    TimingOnly,
+}
+
+impl Mode {
+    /// Whether values are computed.
+    pub const fn functional(self) -> bool {
+        matches!(self, Mode::Full | Mode::FunctionalOnly)
+    }
+
+    /// Whether time is computed.
+    pub const fn timed(self) -> bool {
+        matches!(self, Mode::Full | Mode::TimingOnly)
+    }
+}
+
+/// How to simulate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Values, time or both.
+    pub mode: Mode,
+    /// Worker threads; `None` for one per processor. Never changes a result.
+    pub threads: Option<usize>,
+}
+
+/// A machine, running. Dropping it, its devices and their streams stops its threads.
+#[derive(Clone, Debug)]
+pub struct System {
+    shared: Arc<Shared>,
+}
+
+/// What all dies share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) machine: Machine,
+    pub(crate) topology: Topology,
+    pub(crate) cost: Box<dyn CostModel>,
+    pub(crate) mode: Mode,
+    pub(crate) kernels: kernels::Context,
+    pub(crate) pool: rayon::ThreadPool,
+    pub(crate) order: StreamOrder,
+    pub(crate) groups: Mutex<HashMap<CommunicatorId, Arc<Group>>>,
+    pub(crate) next_communicator: AtomicU64,
+    pub(crate) dies: Vec<DieState>,
+}
+
+impl System {
+    /// Starts a machine.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Runtime`] if the host refuses threads.
+    pub fn new(machine: Machine, options: Options) -> Result<Self, Error> {
+        let threads = options.threads.unwrap_or_else(|| {
+            std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+        });
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("sim-{i}"))
+            .build()
+            .map_err(|e| Error::Runtime {
+                device: DeviceId(0),
+                call: "starting worker threads",
+                code: 0,
+                text: e.to_string(),
+            })?;
+        let topology = machine.topology();
+        let dies = (0..machine.dies())
+            .map(|i| DieState::new(DeviceId(i), &machine, &topology, options.mode))
+            .collect();
+        let shared = Shared {
+            cost: Box::new(Roofline::new(&machine)),
+            topology,
+            mode: options.mode,
+            kernels: kernels::Context::new(threads),
+            pool,
+            order: StreamOrder::default(),
+            groups: Mutex::default(),
+            next_communicator: AtomicU64::new(1),
+            dies,
+            machine,
+        };
+        Ok(System { shared: Arc::new(shared) })
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &Machine {
+        &self.shared.machine
+    }
+
+    /// Its dies and links.
+    pub fn topology(&self) -> &Topology {
+        &self.shared.topology
+    }
+
+    /// A die.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Usage`] if the machine has no such die.
+    pub fn open(&self, die: DeviceId) -> Result<Arc<dyn Device>, Error> {
+        let dies = self.shared.dies.len();
+        if die.0 as usize >= dies {
+            let name = &self.shared.machine.name;
+            return Err(Error::usage(die, format!("{name} has dies 0 to {}", dies - 1)));
+        }
+        Ok(Arc::new(SimDevice::new(self.shared.clone(), die)))
+    }
+}

@@ -1,0 +1,221 @@
+//! Collectives: commands that ranks of a communicator run together.
+
+use crate::{DType, DeviceId, Result, Tensor};
+use serde::{Deserialize, Serialize};
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+/// Opaque identity of a communicator, made once and given to every rank.
+#[doc(alias = "ncclUniqueId")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct CommunicatorId(pub [u64; 2]);
+
+/// How all-reduce and reduce-scatter combine.
+///
+/// Ranks are combined in ascending order in FP32 and rounded once, so the result is the same bits
+/// on every rank and in every run.
+#[doc(alias = "ncclRedOp_t")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reduction {
+    /// Sum.
+    Sum,
+    /// Largest.
+    Max,
+    /// Smallest.
+    Min,
+}
+
+/// The kinds of collective.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CollectiveKind {
+    /// `ncclAllReduce`
+    AllReduce,
+    /// `ncclAllGather`
+    AllGather,
+    /// `ncclReduceScatter`
+    ReduceScatter,
+    /// `MPI_Alltoallv`
+    AllToAll,
+    /// `ncclBroadcast`
+    Broadcast,
+    /// `ncclSend`
+    Send,
+    /// `ncclRecv`
+    Recv,
+}
+
+impl CollectiveKind {
+    /// The name used in traces and messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            CollectiveKind::AllReduce => "all_reduce",
+            CollectiveKind::AllGather => "all_gather",
+            CollectiveKind::ReduceScatter => "reduce_scatter",
+            CollectiveKind::AllToAll => "all_to_all",
+            CollectiveKind::Broadcast => "broadcast",
+            CollectiveKind::Send => "send",
+            CollectiveKind::Recv => "recv",
+        }
+    }
+}
+
+/// One rank's part of a collective. Tensors are contiguous; sizes are counted in elements.
+///
+/// "In place" means that `send` and `recv` name the memory that the rule gives; other overlap is a
+/// mistake.
+#[derive(Clone, Debug)]
+pub enum Collective {
+    /// Every rank gets the combination of all `send`. In place: `send` is `recv`.
+    #[doc(alias = "ncclAllReduce")]
+    AllReduce {
+        /// `n` elements.
+        send: Tensor,
+        /// `n` elements.
+        recv: Tensor,
+        /// How to combine.
+        reduction: Reduction,
+    },
+    /// Every rank gets all `send` one after the other, by rank. In place: `send` is part `rank` of
+    /// `recv`.
+    #[doc(alias = "ncclAllGather")]
+    AllGather {
+        /// `n` elements.
+        send: Tensor,
+        /// `size · n` elements.
+        recv: Tensor,
+    },
+    /// Rank `r` gets part `r` of the combination of all `send`. In place: `recv` is part `rank` of
+    /// `send`.
+    #[doc(alias = "ncclReduceScatter")]
+    ReduceScatter {
+        /// `size · n` elements.
+        send: Tensor,
+        /// `n` elements.
+        recv: Tensor,
+        /// How to combine.
+        reduction: Reduction,
+    },
+    /// Rank `r`'s part `p` of `send` becomes rank `p`'s part `r` of `recv`. Not in place.
+    #[doc(alias = "MPI_Alltoallv")]
+    AllToAll {
+        /// The parts for rank 0, 1, … one after the other.
+        send: Tensor,
+        /// The parts from rank 0, 1, … one after the other.
+        recv: Tensor,
+        /// Elements for and from each peer, zero allowed; `None` cuts both tensors in equal parts.
+        counts: Option<Arc<PeerCounts>>,
+    },
+    /// Every rank gets `root`'s `tensor`.
+    #[doc(alias = "ncclBroadcast")]
+    Broadcast {
+        /// Read on the root, written on the others.
+        tensor: Tensor,
+        /// The rank that sends.
+        root: usize,
+    },
+    /// Gives `tensor` to `peer`, whose matching [`Collective::Recv`] has the same size and dtype.
+    #[doc(alias = "ncclSend")]
+    Send {
+        /// What to send.
+        tensor: Tensor,
+        /// The rank that receives.
+        peer: usize,
+    },
+    /// Takes `tensor` from `peer`.
+    #[doc(alias = "ncclRecv")]
+    Recv {
+        /// Where to put it.
+        tensor: Tensor,
+        /// The rank that sends.
+        peer: usize,
+    },
+}
+
+/// Elements per peer of an all-to-all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerCounts {
+    /// Elements that go to each rank.
+    pub send: Vec<usize>,
+    /// Elements that come from each rank.
+    pub recv: Vec<usize>,
+}
+
+impl Collective {
+    /// Its kind.
+    pub fn kind(&self) -> CollectiveKind {
+        match self {
+            Collective::AllReduce { .. } => CollectiveKind::AllReduce,
+            Collective::AllGather { .. } => CollectiveKind::AllGather,
+            Collective::ReduceScatter { .. } => CollectiveKind::ReduceScatter,
+            Collective::AllToAll { .. } => CollectiveKind::AllToAll,
+            Collective::Broadcast { .. } => CollectiveKind::Broadcast,
+            Collective::Send { .. } => CollectiveKind::Send,
+            Collective::Recv { .. } => CollectiveKind::Recv,
+        }
+    }
+
+    /// What this rank reads and what it writes. `rank` decides for a broadcast.
+    pub fn tensors(&self, rank: usize) -> (Option<&Tensor>, Option<&Tensor>) {
+        match self {
+            Collective::AllReduce { send, recv, .. }
+            | Collective::AllGather { send, recv }
+            | Collective::ReduceScatter { send, recv, .. }
+            | Collective::AllToAll { send, recv, .. } => (Some(send), Some(recv)),
+            Collective::Broadcast { tensor, root } if *root == rank => (Some(tensor), None),
+            Collective::Broadcast { tensor, .. } => (None, Some(tensor)),
+            Collective::Send { tensor, .. } => (Some(tensor), None),
+            Collective::Recv { tensor, .. } => (None, Some(tensor)),
+        }
+    }
+
+    /// Element type, taken from the first tensor.
+    pub fn dtype(&self) -> DType {
+        use crate::Operand;
+        match self {
+            Collective::AllReduce { send: t, .. }
+            | Collective::AllGather { send: t, .. }
+            | Collective::ReduceScatter { send: t, .. }
+            | Collective::AllToAll { send: t, .. }
+            | Collective::Broadcast { tensor: t, .. }
+            | Collective::Send { tensor: t, .. }
+            | Collective::Recv { tensor: t, .. } => t.desc().dtype(),
+        }
+    }
+}
+
+/// One rank of a group. Batches of one communicator run in submission order, so every rank submits
+/// the same batches in the same order, from one thread at a time; communicators are independent of
+/// each other, but ranks that share several submit to them in the same order.
+#[doc(alias = "ncclComm_t")]
+pub trait Communicator: Send + Sync + fmt::Debug {
+    /// For the backend to find its own type again.
+    fn as_any(&self) -> &dyn Any;
+
+    /// The id that every rank joined with.
+    fn id(&self) -> CommunicatorId;
+
+    /// This rank.
+    fn rank(&self) -> usize;
+
+    /// Number of ranks.
+    fn size(&self) -> usize;
+
+    /// The die of this rank.
+    fn device(&self) -> DeviceId;
+
+    /// Fails everything pending and everything later, on every rank. Callable from any thread, and
+    /// the way out when a peer will never arrive.
+    #[doc(alias = "ncclCommAbort")]
+    fn abort(&self, reason: &str);
+
+    /// What has failed so far, if anything, without waiting.
+    ///
+    /// # Errors
+    ///
+    /// The first failure of the communicator.
+    #[doc(alias = "ncclCommGetAsyncError")]
+    fn status(&self) -> Result<()>;
+}

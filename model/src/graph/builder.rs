@@ -1,0 +1,199 @@
+//! Writing ops into a graph.
+
+use super::{Graph, Input, Node, Output, Slot, Source, Value, ValueId};
+use crate::numerics::Numerics;
+use crate::weights::{Role, WeightKey, WeightSpec};
+use hal::op::{self, BlockGrid, FP8_BLOCK, Routing, ScaleFormat};
+use hal::{DType, Op, Operand, TensorDesc};
+use std::collections::HashMap;
+
+/// Activations as matrix products take them: plain, and quantised where the weight is FP8.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Activations {
+    pub(super) plain: Slot,
+    quantized: Option<(Slot, Slot)>,
+}
+
+impl Activations {
+    /// Another arrangement of the same rows (permuted, say), already quantised or not.
+    pub(super) fn of(plain: Slot, quantized: Option<(Slot, Slot)>) -> Self {
+        Activations { plain, quantized }
+    }
+
+    /// The form with which a weight of this dtype is multiplied, and its scales.
+    pub(super) fn operand(&self, weight: DType) -> (Slot, Option<Slot>) {
+        match self.quantized {
+            Some((q, scales)) if weight == DType::F8E4M3 => (q, Some(scales)),
+            _ => (self.plain, None),
+        }
+    }
+}
+
+/// A graph in the making.
+pub(super) struct Builder<'w> {
+    graph: Graph,
+    weights: &'w HashMap<WeightKey, WeightSpec>,
+    pub(super) numerics: Numerics,
+    quantized: bool,
+    scale_format: ScaleFormat,
+    bound: HashMap<Source, Slot>,
+    /// Goes in front of every label: "layer 4 ".
+    pub(super) scope: String,
+}
+
+impl<'w> Builder<'w> {
+    pub(super) fn new(
+        weights: &'w HashMap<WeightKey, WeightSpec>,
+        numerics: Numerics,
+        scale_format: ScaleFormat,
+    ) -> Self {
+        let quantized = weights.values().any(|w| w.scales.is_some());
+        Builder {
+            graph: Graph::default(),
+            weights,
+            numerics,
+            quantized,
+            scale_format,
+            bound: HashMap::new(),
+            scope: String::new(),
+        }
+    }
+
+    pub(super) fn finish(self) -> Graph {
+        self.graph
+    }
+
+    fn add(&mut self, name: &str, desc: TensorDesc, source: Source) -> Slot {
+        let value = ValueId(self.graph.values.len() as u32);
+        self.graph.values.push(Value { name: format!("{}{name}", self.scope), desc, source });
+        Slot { value, offset: 0, desc }
+    }
+
+    fn bind(&mut self, name: &str, desc: TensorDesc, source: Source) -> Slot {
+        if let Some(slot) = self.bound.get(&source) {
+            return *slot;
+        }
+        let slot = self.add(name, desc, source);
+        self.bound.insert(source, slot);
+        slot
+    }
+
+    fn act(&self) -> DType {
+        self.numerics.activations()
+    }
+
+    /// A fresh scratch value in the activation dtype.
+    pub(super) fn scratch(&mut self, name: &str, shape: &[usize]) -> Slot {
+        self.scratch_of(name, self.act(), shape)
+    }
+
+    pub(super) fn scratch_of(&mut self, name: &str, dtype: DType, shape: &[usize]) -> Slot {
+        self.add(name, TensorDesc::new(dtype, shape), Source::Scratch)
+    }
+
+    pub(super) fn input(&mut self, input: Input, shape: &[usize]) -> Slot {
+        self.bind(&format!("{input:?}"), TensorDesc::new(DType::I32, shape), Source::Input(input))
+    }
+
+    pub(super) fn output(&mut self, output: Output, dtype: DType, shape: &[usize]) -> Slot {
+        self.bind(&format!("{output:?}"), TensorDesc::new(dtype, shape), Source::Output(output))
+    }
+
+    pub(super) fn cache(&mut self, layer: usize, shape: &[usize]) -> Slot {
+        let desc = TensorDesc::new(self.act(), shape);
+        self.bind(&format!("cache {layer}"), desc, Source::Cache(layer))
+    }
+
+    fn spec(&self, key: WeightKey) -> &'w WeightSpec {
+        self.weights.get(&key).unwrap_or_else(|| unreachable!("the plan has every weight: {key:?}"))
+    }
+
+    pub(super) fn weight(&mut self, layer: usize, role: Role) -> Slot {
+        let key = WeightKey { layer, role };
+        let desc = self.spec(key).desc;
+        self.bind(&format!("{role:?}"), desc, Source::Weight(key))
+    }
+
+    fn weight_and_scales(&mut self, layer: usize, role: Role) -> (Slot, Option<Slot>, BlockGrid) {
+        let w = self.weight(layer, role);
+        let key = WeightKey { layer, role };
+        let (scales, grid) = (self.spec(key).scales, self.spec(key).grid);
+        let scales =
+            scales.map(|desc| self.bind(&format!("{role:?} scales"), desc, Source::Scales(key)));
+        (w, scales, grid)
+    }
+
+    /// Appends an op.
+    pub(super) fn push(&mut self, name: &str, op: impl Into<Op<Slot>>) {
+        let op = op.into();
+        debug_assert_eq!(op::check(&op.desc()), Ok(()), "{}{name}", self.scope);
+        self.graph.nodes.push(Node { op, label: format!("{}{name}", self.scope).into() });
+    }
+
+    pub(super) fn norm(&mut self, name: &str, x: Slot, weight: Slot, residual: Option<Slot>, eps: f32) -> Slot {
+        let out = self.scratch(name, &[x.desc().dim(0), x.desc().dim(1)]);
+        self.norm_into(name, x, weight, residual, eps, out);
+        out
+    }
+
+    pub(super) fn norm_into(
+        &mut self,
+        name: &str,
+        x: Slot,
+        weight: Slot,
+        residual: Option<Slot>,
+        eps: f32,
+        out: Slot,
+    ) {
+        self.push(name, op::RmsNorm { x, weight, residual, out, eps });
+    }
+
+    /// Quantises activations where the policy has FP8 weights to meet them.
+    pub(super) fn activations(&mut self, name: &str, x: Slot) -> Activations {
+        if !self.quantized {
+            return Activations { plain: x, quantized: None };
+        }
+        let (rows, columns) = (x.desc().dim(0), x.desc().dim(1));
+        let name = format!("{name} quantise");
+        let q = self.scratch_of(&name, DType::F8E4M3, &[rows, columns]);
+        let scales = self.scratch_of(&name, DType::F32, &[rows, columns.div_ceil(FP8_BLOCK)]);
+        let scale_format = self.scale_format;
+        self.push(&name, op::Quantize { x, q, scales, column_offset: 0, scale_format });
+        Activations { plain: x, quantized: Some((q, scales)) }
+    }
+
+    pub(super) fn linear(&mut self, name: &str, x: &Activations, layer: usize, role: Role) -> Slot {
+        let rows = self.spec(WeightKey { layer, role }).desc.dim(0);
+        let out = self.scratch(name, &[x.plain.desc().dim(0), rows]);
+        self.linear_into(name, x, layer, role, out);
+        out
+    }
+
+    pub(super) fn linear_into(
+        &mut self,
+        name: &str,
+        x: &Activations,
+        layer: usize,
+        role: Role,
+        out: Slot,
+    ) {
+        let (w, w_scales, grid) = self.weight_and_scales(layer, role);
+        let (x, x_scales) = x.operand(w.desc().dtype());
+        self.push(name, op::Linear { x, x_scales, w, w_scales, out, grid });
+    }
+
+    pub(super) fn grouped_linear(
+        &mut self,
+        name: &str,
+        x: &Activations,
+        (layer, role): (usize, Role),
+        offsets: Slot,
+        routing: Routing,
+    ) -> Slot {
+        let (w, w_scales, grid) = self.weight_and_scales(layer, role);
+        let out = self.scratch(name, &[x.plain.desc().dim(0), w.desc().dim(1)]);
+        let (x, x_scales) = x.operand(w.desc().dtype());
+        self.push(name, op::GroupedLinear { x, x_scales, w, w_scales, offsets, out, grid, routing });
+        out
+    }
+}

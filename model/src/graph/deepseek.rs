@@ -1,0 +1,378 @@
+//! DeepSeek-V3, written down once (arXiv 2412.19437; reference: deepseek-ai/DeepSeek-V3
+//! `inference/model.py`).
+
+use super::builder::{Activations, Builder};
+use super::{Graph, Input, Output, Slot};
+use crate::config::{ModelConfig, ScaleFormat as ConfigScaleFormat};
+use crate::numerics::Numerics;
+use crate::weights::{Role, WeightKey, WeightSpec};
+use hal::op::{self, AttentionWork, Routing, ScaleFormat};
+use hal::{DType, Operand};
+use std::collections::HashMap;
+
+/// Which of MLA's two forms a step uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// Keys and values are expanded from the latents: cheap per pair, for prefill.
+    Expanded {
+        /// Keys of the step in all; equal to the tokens where no sequence has a past, and the
+        /// cache is then not read.
+        keys: usize,
+    },
+    /// Queries are brought into latent space: cheap per key, for decode.
+    Absorbed,
+}
+
+/// The sizes of a step. A graph is a function of these, the configuration and the policy; all else
+/// (lengths, positions, pages) is input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct StepShape {
+    /// T: new tokens, over all sequences.
+    pub tokens: usize,
+    /// B: sequences.
+    pub sequences: usize,
+    /// L: tokens whose logits are wanted.
+    pub logit_rows: usize,
+    /// Attention's form.
+    pub form: Form,
+    /// Pages of the KV cache.
+    pub pages: usize,
+    /// Tokens in a page.
+    pub page_size: usize,
+    /// Width of the block table.
+    pub max_pages: usize,
+    /// Ids that exist; logits of padded ones beyond are never chosen.
+    pub vocabulary: usize,
+}
+
+/// The main model: token ids to hidden states, logits and the greedy token.
+pub fn main_model(
+    config: &ModelConfig,
+    numerics: Numerics,
+    weights: &HashMap<WeightKey, WeightSpec>,
+    shape: StepShape,
+) -> Graph {
+    let mut m = Model::new(config, numerics, weights, shape);
+    let x = m.embed("embed");
+    // The residual stream: each norm first adds the block's output to it.
+    let residual = x;
+    let mut add = None;
+    for layer in 0..config.num_hidden_layers {
+        add = Some(m.block(layer, residual, add));
+    }
+    let hidden = m.b.output(Output::Hidden, x.desc().dtype(), &[shape.tokens, config.hidden_size]);
+    m.final_norm("final norm", add, residual, Role::FinalNorm, 0, hidden);
+    m.head("", hidden);
+    m.b.finish()
+}
+
+/// The multi-token prediction module (section 2.2 of the report): the main model's hidden state of
+/// token i and the embedding of token i+1 give logits for token i+2.
+///
+/// The released weights take the embedding first (`eh_proj`), the hidden state after the final
+/// norm, and positions i.
+pub fn mtp_module(
+    config: &ModelConfig,
+    numerics: Numerics,
+    weights: &HashMap<WeightKey, WeightSpec>,
+    shape: StepShape,
+) -> Option<Graph> {
+    let layer = config.mtp_layer()?;
+    let mut m = Model::new(config, numerics, weights, shape);
+    let (tokens, h) = (shape.tokens, config.hidden_size);
+    let hidden = m.b.output(Output::Hidden, numerics.activations(), &[tokens, h]);
+    let embedding = m.embed("mtp embed");
+    m.b.scope = "mtp ".into();
+    let both = m.b.scratch("concat", &[tokens, 2 * h]);
+    let eps = m.eps();
+    let enorm = m.b.weight(layer, Role::MtpEmbeddingNorm);
+    let hnorm = m.b.weight(layer, Role::MtpHiddenNorm);
+    m.b.norm_into("enorm", embedding, enorm, None, eps, both.columns(0, h));
+    m.b.norm_into("hnorm", hidden, hnorm, None, eps, both.columns(h, h));
+    let x = m.b.linear("eh_proj", &Activations::of(both, None), layer, Role::MtpProjection);
+    let add = m.block(layer, x, None);
+    let out = m.b.scratch("hidden", &[tokens, h]);
+    m.final_norm("mtp head norm", Some(add), x, Role::MtpHeadNorm, layer, out);
+    m.head("mtp ", out);
+    Some(m.b.finish())
+}
+
+struct Model<'c, 'w> {
+    c: &'c ModelConfig,
+    b: Builder<'w>,
+    shape: StepShape,
+}
+
+impl<'c, 'w> Model<'c, 'w> {
+    fn new(
+        config: &'c ModelConfig,
+        numerics: Numerics,
+        weights: &'w HashMap<WeightKey, WeightSpec>,
+        shape: StepShape,
+    ) -> Self {
+        let power_of_two =
+            config.quantization.is_some_and(|q| q.scale_fmt == ConfigScaleFormat::Ue8m0);
+        let format = if power_of_two { ScaleFormat::PowerOfTwo } else { ScaleFormat::Float };
+        Model { c: config, b: Builder::new(weights, numerics, format), shape }
+    }
+
+    fn eps(&self) -> f32 {
+        self.c.rms_norm_eps as f32
+    }
+
+    fn embed(&mut self, name: &str) -> Slot {
+        let tokens = self.shape.tokens;
+        let rows = self.b.input(Input::TokenIds, &[tokens]);
+        let table = self.b.weight(0, Role::Embedding);
+        let out = self.b.scratch(name, &[tokens, self.c.hidden_size]);
+        let total_rows = self.c.vocab_size as u32;
+        self.b.push(name, op::GatherRows { table, rows, out, first_row: 0, total_rows });
+        out
+    }
+
+    /// One transformer block. `add` is the former block's output, not yet in the residual stream;
+    /// returned is this block's.
+    fn block(&mut self, layer: usize, residual: Slot, add: Option<Slot>) -> Slot {
+        let is_mtp = Some(layer) == self.c.mtp_layer();
+        self.b.scope = if is_mtp { "mtp ".into() } else { format!("layer {layer} ") };
+        let eps = self.eps();
+        let weight = self.b.weight(layer, Role::InputNorm);
+        let x = match add {
+            Some(add) => self.b.norm("input norm", add, weight, Some(residual), eps),
+            None => self.b.norm("input norm", residual, weight, None, eps),
+        };
+        let attended = self.attention(layer, x);
+        let weight = self.b.weight(layer, Role::PostAttentionNorm);
+        let x = self.b.norm("post-attention norm", attended, weight, Some(residual), eps);
+        let x = self.b.activations("mlp", x);
+        if self.c.is_moe_layer(layer) { self.moe(layer, &x) } else { self.dense_mlp(layer, &x) }
+    }
+
+    /// Multi-head latent attention (section 2.1.1 of the report).
+    fn attention(&mut self, layer: usize, x: Slot) -> Slot {
+        let c = self.c;
+        let (tokens, eps) = (self.shape.tokens, self.eps());
+        let (heads, rank, rope) = (c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim);
+        let x = self.b.activations("attention", x);
+        let q = match c.q_lora_rank {
+            Some(_) => {
+                let latent = self.b.linear("q_a", &x, layer, Role::QA);
+                let weight = self.b.weight(layer, Role::QANorm);
+                let latent = self.b.norm("q_a norm", latent, weight, None, eps);
+                let latent = self.b.activations("q_b", latent);
+                self.b.linear("q_b", &latent, layer, Role::QB)
+            }
+            None => self.b.linear("q", &x, layer, Role::Q),
+        };
+        let q = q.split_last(heads, c.qk_head_dim());
+        let kv_a = self.b.linear("kv_a", &x, layer, Role::KvA);
+        let weight = self.b.weight(layer, Role::KvANorm);
+        // The rotary key is neither normed nor per head.
+        let latent = self.b.norm("kv_a norm", kv_a.columns(0, rank), weight, None, eps);
+        let k_rope = kv_a.columns(rank, rope);
+        let positions = self.b.input(Input::Positions, &[tokens]);
+        let table = self.b.weight(0, Role::RopeTable);
+        let q_rope = q.columns(c.qk_nope_head_dim, rope);
+        self.b.push("q rope", op::Rope { x: q_rope, positions, table });
+        self.b.push("k rope", op::Rope { x: k_rope.split_last(1, rope), positions, table });
+        let cache = self.cache(layer);
+        let slots = self.b.input(Input::Slots, &[tokens]);
+        self.b.push("cache write", op::CacheWrite { latent, k_rope, slots, cache });
+        let attended = match self.shape.form {
+            Form::Expanded { keys } => self.expanded(layer, q, latent, k_rope, keys),
+            Form::Absorbed => self.absorbed(layer, q),
+        };
+        let attended = attended.reshaped(&[tokens, heads * c.v_head_dim]);
+        let attended = self.b.activations("o", attended);
+        self.b.linear("o", &attended, layer, Role::O)
+    }
+
+    fn cache(&mut self, layer: usize) -> Slot {
+        let StepShape { pages, page_size, .. } = self.shape;
+        self.b.cache(layer, &[pages, page_size, self.c.kv_latent_width()])
+    }
+
+    fn expanded(&mut self, layer: usize, q: Slot, latent: Slot, k_rope: Slot, keys: usize) -> Slot {
+        let c = self.c;
+        let StepShape { tokens, sequences, max_pages, .. } = self.shape;
+        let (heads, rank, rope) = (c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim);
+        let q_starts = self.b.input(Input::QueryStarts, &[sequences + 1]);
+        let kv_starts = self.b.input(Input::KeyStarts, &[sequences + 1]);
+        let (latent, k_rope) = if keys == tokens {
+            (latent, k_rope)
+        } else {
+            let cache = self.cache(layer);
+            let block_table = self.b.input(Input::BlockTable, &[sequences, max_pages]);
+            let out = self.b.scratch("past", &[keys, c.kv_latent_width()]);
+            self.b.push("cache read", op::CacheRead { cache, block_table, kv_starts, out });
+            (out.columns(0, rank), out.columns(rank, rope))
+        };
+        let latent = self.b.activations("kv_b", latent);
+        let kv = self.b.linear("kv_b", &latent, layer, Role::KvB);
+        let kv = kv.split_last(heads, c.qk_nope_head_dim + c.v_head_dim);
+        let out = self.b.scratch("attention", &[tokens, heads, c.v_head_dim]);
+        let scale = c.softmax_scale() as f32;
+        let work = AttentionWork::default();
+        self.b.push(
+            "attention",
+            op::MlaPrefill { q, kv, k_rope, q_starts, kv_starts, out, scale, work },
+        );
+        out
+    }
+
+    fn absorbed(&mut self, layer: usize, q: Slot) -> Slot {
+        let c = self.c;
+        let StepShape { tokens, sequences, max_pages, .. } = self.shape;
+        let (heads, rank) = (c.num_attention_heads, c.kv_lora_rank);
+        let (nope, v) = (c.qk_nope_head_dim, c.v_head_dim);
+        // kv_b is [h, nope + v, rank]: per head, W_UK above W_UV.
+        let quantized = self.b.numerics == Numerics::Fp8 && c.quantization.is_some();
+        let role = if quantized { Role::KvBAbsorbed } else { Role::KvB };
+        let kv_b = self.b.weight(layer, role).reshaped(&[heads, nope + v, rank]);
+        let w_uk = kv_b.narrowed(1, 0, nope);
+        let w_uv = kv_b.narrowed(1, nope, v);
+        let q_latent = self.b.scratch("q latent", &[tokens, heads, rank]);
+        let x = q.columns(0, nope);
+        self.b.push("q absorb", op::BatchedLinear { x, w: w_uk, out: q_latent, k_major: true });
+        let attended = self.b.scratch("attention", &[tokens, heads, rank]);
+        let decode = op::MlaDecode {
+            q_latent,
+            q_rope: q.columns(nope, c.qk_rope_head_dim),
+            cache: self.cache(layer),
+            block_table: self.b.input(Input::BlockTable, &[sequences, max_pages]),
+            q_starts: self.b.input(Input::QueryStarts, &[sequences + 1]),
+            kv_lens: self.b.input(Input::KeyCounts, &[sequences]),
+            out: attended,
+            scale: c.softmax_scale() as f32,
+            work: AttentionWork::default(),
+        };
+        self.b.push("attention", decode);
+        let out = self.b.scratch("v", &[tokens, heads, v]);
+        self.b.push("v absorb", op::BatchedLinear { x: attended, w: w_uv, out, k_major: false });
+        out
+    }
+
+    fn dense_mlp(&mut self, layer: usize, x: &Activations) -> Slot {
+        self.mlp("mlp", layer, x, Role::GateUp, Role::Down)
+    }
+
+    /// SwiGLU: `down(silu(gate(x)) · up(x))`.
+    fn mlp(&mut self, name: &str, layer: usize, x: &Activations, gate_up: Role, down: Role) -> Slot {
+        let both = self.b.linear(&format!("{name} gate_up"), x, layer, gate_up);
+        let inner = self.swiglu(name, both);
+        let inner = self.b.activations(&format!("{name} down"), inner);
+        self.b.linear(&format!("{name} down"), &inner, layer, down)
+    }
+
+    fn swiglu(&mut self, name: &str, both: Slot) -> Slot {
+        let shape = [both.desc().dim(0), both.desc().dim(1) / 2];
+        let out = self.b.scratch(&format!("{name} swiglu"), &shape);
+        self.b.push(&format!("{name} swiglu"), op::SwiGlu { x: both, out });
+        out
+    }
+
+    /// DeepSeekMoE (section 2.1.2 of the report): routed experts by group-limited top-k, plus
+    /// shared experts that every token takes, unscaled; both read the same normed input.
+    fn moe(&mut self, layer: usize, x: &Activations) -> Slot {
+        let c = self.c;
+        let tokens = self.shape.tokens;
+        let (experts, k, h) = (c.n_routed_experts, c.num_experts_per_tok, c.hidden_size);
+        // The router's logits in FP32, so that near-ties route as in the reference.
+        let logits = self.b.scratch_of("router logits", DType::F32, &[tokens, experts]);
+        let plain = Activations::of(x.plain, None);
+        self.b.linear_into("router", &plain, layer, Role::Router, logits);
+        let chosen = self.b.scratch_of("chosen experts", DType::I32, &[tokens, k]);
+        let weights = self.b.scratch_of("expert weights", DType::F32, &[tokens, k]);
+        let bias = self.b.weight(layer, Role::RouterBias);
+        self.b.push(
+            "gate",
+            op::Gate {
+                logits,
+                bias: Some(bias),
+                experts: chosen,
+                weights,
+                groups: c.n_group as u32,
+                groups_kept: c.topk_group as u32,
+                normalize: c.norm_topk_prob,
+                scale: c.routed_scaling_factor as f32,
+            },
+        );
+        let copies = tokens * k;
+        let offsets = self.b.scratch_of("expert offsets", DType::I32, &[experts + 1]);
+        let rows = self.b.scratch_of("expert rows", DType::I32, &[tokens, k]);
+        let expert_weight = self.b.weight(layer, Role::ExpertsGateUp).desc().dtype();
+        let (x_in, x_scales) = x.operand(expert_weight);
+        let out = self.b.scratch_of("permuted", x_in.desc().dtype(), &[copies, h]);
+        let out_scales = x_scales.map(|s| {
+            self.b.scratch_of("permuted scales", DType::F32, &[copies, s.desc().dim(1)])
+        });
+        self.b.push(
+            "permute",
+            op::MoePermute {
+                x: x_in,
+                x_scales,
+                experts: chosen,
+                out,
+                out_scales,
+                offsets,
+                rows,
+                first_expert: 0,
+                total_experts: experts as u32,
+            },
+        );
+        let permuted = Activations::of(out, out_scales.map(|s| (out, s)));
+        let routing = Routing::uniform(tokens, k, experts);
+        let up = (layer, Role::ExpertsGateUp);
+        let both = self.b.grouped_linear("experts gate_up", &permuted, up, offsets, routing);
+        let inner = self.swiglu("experts", both);
+        let inner = self.b.activations("experts down", inner);
+        let down = (layer, Role::ExpertsDown);
+        let y = self.b.grouped_linear("experts down", &inner, down, offsets, routing);
+        let base = (c.n_shared_experts > 0)
+            .then(|| self.mlp("shared expert", layer, x, Role::SharedGateUp, Role::SharedDown));
+        let out = self.b.scratch("moe", &[tokens, h]);
+        self.b.push("combine", op::MoeCombine { y, rows, weights, base, out });
+        out
+    }
+
+    fn final_norm(
+        &mut self,
+        name: &str,
+        add: Option<Slot>,
+        residual: Slot,
+        role: Role,
+        layer: usize,
+        out: Slot,
+    ) {
+        self.b.scope.clear();
+        let (weight, eps) = (self.b.weight(layer, role), self.eps());
+        match add {
+            Some(add) => self.b.norm_into(name, add, weight, Some(residual), eps, out),
+            None => self.b.norm_into(name, residual, weight, None, eps, out),
+        }
+    }
+
+    /// Logits of the wanted rows, and the largest of each.
+    fn head(&mut self, prefix: &str, hidden: Slot) {
+        let StepShape { tokens, logit_rows, vocabulary, .. } = self.shape;
+        if logit_rows == 0 {
+            return;
+        }
+        let wanted = if logit_rows == tokens {
+            hidden
+        } else {
+            let rows = self.b.input(Input::LogitRows, &[logit_rows]);
+            let out = self.b.scratch("wanted", &[logit_rows, self.c.hidden_size]);
+            let total_rows = tokens as u32;
+            let name = format!("{prefix}select rows");
+            self.b.push(&name, op::GatherRows { table: hidden, rows, out, first_row: 0, total_rows });
+            out
+        };
+        let logits = self.b.output(Output::Logits, DType::F32, &[logit_rows, self.c.vocab_size]);
+        let wanted = Activations::of(wanted, None);
+        self.b.linear_into(&format!("{prefix}head"), &wanted, 0, Role::Head, logits);
+        let out = self.b.output(Output::Greedy, DType::I32, &[logit_rows]);
+        let limit = vocabulary.min(self.c.vocab_size) as u32;
+        self.b.push(&format!("{prefix}argmax"), op::ArgMax { x: logits, out, limit });
+    }
+}
