@@ -3,6 +3,7 @@
 
 use crate::DeviceId;
 use parking_lot::Mutex;
+use std::collections::HashMap;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -113,19 +114,27 @@ fn parse_action(text: &str) -> Result<FaultAction, String> {
 /// Rules in order; the first that matches decides. Share one plan between the dies of a system.
 #[derive(Debug, Default)]
 pub struct FaultPlan {
-    rules: Vec<(FaultRule, Mutex<Vec<(DeviceId, u64)>>)>,
+    rules: Vec<Counted>,
+}
+
+/// A rule, and how many commands it has matched on each die.
+#[derive(Debug)]
+struct Counted {
+    rule: FaultRule,
+    matched: Mutex<HashMap<DeviceId, u64>>,
 }
 
 impl FaultPlan {
     /// A plan of these rules.
     pub fn new(rules: impl IntoIterator<Item = FaultRule>) -> Self {
-        FaultPlan { rules: rules.into_iter().map(|r| (r, Mutex::default())).collect() }
+        let counted = |rule| Counted { rule, matched: Mutex::default() };
+        FaultPlan { rules: rules.into_iter().map(counted).collect() }
     }
 
     /// Decides about the next command of a die. Called once per command, in submission order.
     pub fn decide(&self, device: DeviceId, command: &str, label: &str) -> FaultAction {
         let mut decided = FaultAction::Pass;
-        for (rule, counts) in &self.rules {
+        for Counted { rule, matched } in &self.rules {
             let m = &rule.matches;
             let matches = m.device.is_none_or(|d| d == device)
                 && m.command.as_deref().is_none_or(|c| c == command)
@@ -133,16 +142,10 @@ impl FaultPlan {
             if !matches {
                 continue;
             }
-            let mut counts = counts.lock();
-            let at = match counts.iter().position(|(d, _)| *d == device) {
-                Some(at) => at,
-                None => {
-                    counts.push((device, 0));
-                    counts.len() - 1
-                }
-            };
-            let count = counts[at].1;
-            counts[at].1 += 1;
+            let mut matched = matched.lock();
+            let seen = matched.entry(device).or_default();
+            let count = *seen;
+            *seen += 1;
             // Later rules still count this command, so that `nth` means the same whatever stands
             // before it in the plan.
             if decided == FaultAction::Pass && rule.nth.is_none_or(|n| n == count) {

@@ -77,6 +77,12 @@ fn files_beside_the_weights() {
     assert!(checkpoint.aux_file("../README.md").unwrap().is_none());
 }
 
+/// Loader threads share one.
+const _: () = {
+    const fn shareable<T: Send + Sync>() {}
+    shareable::<Checkpoint>();
+};
+
 /// A checkpoint built into the program equals the folder it was made from.
 #[test]
 fn memory_and_folder_are_the_same() {

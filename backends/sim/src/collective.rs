@@ -84,14 +84,13 @@ impl Group {
             let problem = format!("rank {rank} of {size} cannot join a communicator of {}", self.size);
             return Err(Error::usage(device, problem));
         }
-        match self.state.lock().members.insert(rank, device) {
-            None => Ok(()),
-            Some(other) => {
-                self.state.lock().members.insert(rank, other);
-                let problem = format!("rank {rank} of the communicator is taken by {other}");
-                Err(Error::usage(device, problem))
-            }
+        let mut state = self.state.lock();
+        if let Some(other) = state.members.get(&rank) {
+            let problem = format!("rank {rank} of the communicator is taken by {other}");
+            return Err(Error::usage(device, problem));
         }
+        state.members.insert(rank, device);
+        Ok(())
     }
 
     /// Fails everything pending and everything later. The first failure stays.

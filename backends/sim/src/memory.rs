@@ -10,7 +10,7 @@ use arrayvec::ArrayVec;
 use bytemuck::{Pod, Zeroable};
 use hal::hazard::AccessLog;
 use hal::op::Access;
-use hal::{BufferId, DType, DeviceId, Operand, Tensor, TensorDesc};
+use hal::{BufferId, DeviceId, Operand, Tensor, TensorDesc};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::sync::Arc;
 
@@ -223,7 +223,7 @@ fn carve_written<'g>(
                     if !same || spans[i].access.writes() {
                         return Err(BorrowError::Overlap(writer.min(i), writer.max(i)));
                     }
-                    slots[i] = Slot::Alias(writer);
+                    slots[i] = Slot::Alias;
                 }
                 slots[writer] = Slot::Write(piece);
             }
@@ -240,8 +240,8 @@ pub(crate) enum Slot<'g> {
     Read(&'g [u8]),
     /// Borrowed for writing.
     Write(&'g mut [u8]),
-    /// The same bytes as the written operand with this number.
-    Alias(usize),
+    /// The same bytes as an operand that is written.
+    Alias,
     /// Already handed out, or without storage.
     Taken,
 }
@@ -262,11 +262,6 @@ pub(crate) fn args(op: &hal::Op<SimTensor>) -> hal::Op<Arg> {
         index += 1;
         Arg { index: index - 1, desc: t.desc }
     })
-}
-
-/// Bytes of one element, as a slice index.
-pub(crate) const fn element_size(dtype: DType) -> usize {
-    dtype.size()
 }
 
 #[cfg(test)]
@@ -297,7 +292,7 @@ mod tests {
         assert!(matches!(&slots[1], Slot::Read(b) if b.len() == 20));
         assert!(matches!(&slots[2], Slot::Read(b) if b.len() == 20));
         assert!(matches!(&slots[3], Slot::Write(b) if b.len() == 40));
-        assert!(matches!(slots[4], Slot::Alias(3)));
+        assert!(matches!(slots[4], Slot::Alias));
     }
 
     #[test]

@@ -288,7 +288,7 @@ fn scales(
 ) -> Result<(), String> {
     offset("row_offset", grid.row_offset)?;
     offset("column_offset", grid.column_offset)?;
-    if rows % grid.stacks() != 0 {
+    if !rows.is_multiple_of(grid.stacks()) {
         return Err(format!("{rows} rows are not {} equal segments", grid.stacks()));
     }
     let (r, c) = (grid.scale_rows(rows), grid.scale_columns(columns));

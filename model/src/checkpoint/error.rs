@@ -252,7 +252,8 @@ pub enum HeaderError {
     },
     /// Larger than the format allows.
     #[error(
-        "the header claims {claimed} bytes, more than the format's limit of {limit}; this is not a safetensors file"
+        "the header claims {claimed} bytes, more than the format's limit of {limit}; this is not \
+         a safetensors file"
     )]
     TooLarge {
         /// The length field.
@@ -262,7 +263,8 @@ pub enum HeaderError {
     },
     /// The header does not fit into the file.
     #[error(
-        "the header claims {claimed} bytes, but the file ends after {available}; it is truncated or not a safetensors file"
+        "the header claims {claimed} bytes, but the file ends after {available}; it is truncated \
+         or not a safetensors file"
     )]
     BeyondFile {
         /// The length field.
@@ -306,7 +308,8 @@ pub enum HeaderError {
     },
     /// The offsets hold another number of bytes than shape and type need.
     #[error(
-        "tensor {tensor} of shape {shape:?} and type {dtype} needs {needed} bytes, but its offsets {begin}..{end} do not hold that many"
+        "tensor {tensor} of shape {shape:?} and type {dtype} needs {needed} bytes, but its offsets \
+         {begin}..{end} do not hold that many"
     )]
     SizeMismatch {
         /// The tensor.
@@ -324,7 +327,8 @@ pub enum HeaderError {
     },
     /// Two tensors share bytes.
     #[error(
-        "tensors {first} and {second} overlap: the second begins at {begin}, the first ends at {end}"
+        "tensors {first} and {second} overlap: the second begins at {begin}, the first ends at \
+         {end}"
     )]
     Overlap {
         /// The tensor that begins first.
@@ -337,7 +341,10 @@ pub enum HeaderError {
         end: u64,
     },
     /// Bytes that belong to no tensor.
-    #[error("{} bytes before tensor {tensor} (offsets {from}..{to}) belong to no tensor", to - from)]
+    #[error(
+        "{} bytes before tensor {tensor} (offsets {from}..{to}) belong to no tensor",
+        to - from
+    )]
     Hole {
         /// The tensor after the hole.
         tensor: String,
@@ -348,7 +355,8 @@ pub enum HeaderError {
     },
     /// The data ends early.
     #[error(
-        "the file should have {expected} bytes and has {actual}: the end of tensor {tensor} is missing; fetch the file again"
+        "the file should have {expected} bytes and has {actual}: the end of tensor {tensor} is \
+         missing; fetch the file again"
     )]
     Truncated {
         /// The first tensor that does not fit.
@@ -360,7 +368,8 @@ pub enum HeaderError {
     },
     /// More data than described.
     #[error(
-        "the file should have {expected} bytes and has {actual}; what follows the last tensor is unknown"
+        "the file should have {expected} bytes and has {actual}; what follows the last tensor is \
+         unknown"
     )]
     TrailingBytes {
         /// File size that the header implies.

@@ -1,7 +1,7 @@
 //! How large a configuration's checkpoint is, summed from the layout's table without listing the
 //! 92 thousand tensors.
 
-use super::layout::{Role, Scope, Storage};
+use super::role::{Role, Scope, Storage};
 use crate::config::{FP8_BLOCK, ModelConfig};
 
 /// Sizes of a part of a checkpoint in the released form.

@@ -18,6 +18,7 @@ mod index;
 mod inspect;
 pub mod layout;
 mod map;
+mod role;
 mod synth;
 mod weight;
 
@@ -94,7 +95,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`CheckpointError`] for what is missing, unreadable, malformed or contradictory. Missing
-    /// *tensors* are no error yet: see [`Checkpoint::verify`] and [`inspect`].
+    /// *tensors* are no error yet: see [`Checkpoint::verify`] and [`inspect()`].
     pub fn open(folder: &Path) -> Result<Checkpoint, CheckpointError> {
         Checkpoint::from_files(Files::folder(folder)?)
     }

@@ -115,7 +115,10 @@ pub fn synthesize(
     let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
     let generation = json!({
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_ids,
+        "eos_token_id": match config.eos_token_ids[..] {
+            [id] => json!(id),
+            _ => json!(config.eos_token_ids),
+        },
         "do_sample": false,
     });
     output.write_text("generation_config.json", &format!("{generation:#}\n"))?;

@@ -226,8 +226,9 @@ fn parse_eos(root: &Object<'_>) -> Result<Vec<u32>, ConfigError> {
 
 /// `rope_theta` and the scaling, from `rope_scaling` or transformers 5's `rope_parameters`.
 fn parse_rope(root: &Object<'_>) -> Result<(f64, RopeScaling), ConfigError> {
-    // transformers' order of precedence: a legacy object, if any, replaces the new one.
-    let rope = match root.object("rope_scaling", "rope_scaling.")? {
+    // transformers' order of precedence: a legacy object, unless empty, replaces the new one.
+    let legacy = root.object("rope_scaling", "rope_scaling.")?;
+    let rope = match legacy.filter(|legacy| !legacy.map.is_empty()) {
         None => root.object("rope_parameters", "rope_parameters.")?,
         legacy => legacy,
     };

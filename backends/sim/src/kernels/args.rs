@@ -56,7 +56,7 @@ impl<'g> Args<'g> {
 
     /// Whether `arg` is the very memory of a written operand (`a += b`).
     pub(crate) fn is_alias(&self, arg: &Arg) -> bool {
-        matches!(self.slots[arg.index], Slot::Alias(_))
+        matches!(self.slots[arg.index], Slot::Alias)
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{cost::Path, kernels};
 use hal::op::Access;
 use hal::trace::CommandKind;
 use hal::{
-    Buffer, Collective, Command, Communicator, Error, Label, LinkKind, Op, Operand, Point, Region,
+    Buffer, Collective, Command, Communicator, Error, Label, LinkKind, Operand, Point, Region,
     Result, Stream, StreamId, Tensor,
 };
 use parking_lot::Mutex;

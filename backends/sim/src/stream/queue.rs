@@ -19,6 +19,7 @@ use hal::op::Access;
 use hal::trace::{CommandKind, Span};
 use hal::{Cause, Clock, Error, Failure, Label, Result, StreamId, Timeline, Timestamp};
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use rayon::prelude::*;
 use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -179,6 +180,29 @@ impl Admitted<'_> {
     }
 }
 
+impl Admitted<'_> {
+    /// Puts the work in front of what was queued since it was admitted, and starts the stream.
+    fn push_first(self, work: Work) {
+        let Admitted { stream, mut queue, sequence, kind, label, issued, fault } = self;
+        queue.pending.push_front(Pending { sequence, kind, label, issued, fault, work });
+        drop(queue);
+        stream.schedule();
+    }
+}
+
+/// Copies with all threads where it is worth it.
+fn copy(pool: &rayon::ThreadPool, src: &[u8], dst: &mut [u8]) {
+    const PIECE: usize = 1 << 20;
+    if src.len() < 4 * PIECE {
+        return dst.copy_from_slice(src);
+    }
+    pool.install(|| {
+        dst.par_chunks_mut(PIECE)
+            .zip(src.par_chunks(PIECE))
+            .for_each(|(dst, src)| dst.copy_from_slice(src));
+    });
+}
+
 enum Next {
     Run(Pending),
     Done,
@@ -335,21 +359,22 @@ impl StreamShared {
         let touch = [Touch { memory, offset, len, access: Access::Write }];
         let label = Label::Static("write");
         let mut admitted = self.admit(CommandKind::Write, &label, &touch)?;
+        let work = |bytes| Work::Write { memory: memory.clone(), offset, bytes, len };
         let idle = matches!(admitted.queue.activity, Activity::Idle)
             && admitted.fault == FaultAction::Pass;
-        let copied = idle && {
-            // Scheduled, so that no worker starts while this thread copies.
+        if !self.system.mode.functional() {
+            admitted.push(work(Box::default()));
+        } else if !idle {
+            admitted.push(work(src.into()));
+        } else {
+            // Taken, so that no worker starts and others queue up behind while this thread copies.
             admitted.queue.activity = Activity::Scheduled;
-            MutexGuard::unlocked(&mut admitted.queue, || {
-                !self.system.mode.functional()
-                    || memory.try_write(offset, len, |m| m.copy_from_slice(src)).is_some()
-            })
-        };
-        if idle {
-            admitted.queue.activity = Activity::Idle;
+            admitted.queue.submitted = admitted.sequence;
+            let copied = MutexGuard::unlocked(&mut admitted.queue, || {
+                memory.try_write(offset, len, |m| copy(&self.system.pool, src, m)).is_some()
+            });
+            admitted.push_first(work(if copied { Box::default() } else { src.into() }));
         }
-        let bytes = if copied || !self.system.mode.functional() { Box::default() } else { src.into() };
-        admitted.push(Work::Write { memory: memory.clone(), offset, bytes, len });
         Ok(())
     }
 
@@ -461,7 +486,8 @@ impl StreamShared {
         value: u64,
         delay: u64,
     ) -> Flow {
-        match target.queue.lock().passed(value) {
+        let answer = target.queue.lock().passed(value);
+        match answer {
             Some(Ok(end)) => {
                 self.finish(&pending.into(), Cost::NOTHING, delay, end);
                 return Flow::Continue;

@@ -1,0 +1,251 @@
+//! The command line. Help texts are written here and nowhere else.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use model::Numerics;
+use std::path::PathBuf;
+
+/// Run, time and check DeepSeek-V3 on a VACC-style accelerator or on its simulator.
+///
+/// Without a command, generates text: with no flags at all, an answer of the built-in tiny model
+/// on the simulated VA16 card, and how long the card would have taken.
+#[derive(Debug, Parser)]
+#[command(
+    name = "dsv3-run",
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = EXAMPLES,
+    max_term_width = 100
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+    #[command(flatten)]
+    pub(crate) generate: GenerateArgs,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  dsv3-run --backend sim                                 the built-in model and question
+  dsv3-run --chat \"What is 17 + 25?\"                     a chat turn
+  dsv3-run --model DIR --prompt \"Once upon\" --max-tokens 64
+  dsv3-run --machine h800 --numerics bf16 --json -       machine-readable, on another machine
+  dsv3-run logits --token-ids 0,1022,267 --out logits.safetensors
+  dsv3-run checkpoint inspect DIR                        is this checkpoint complete?
+
+Exit status: 0 success, 1 the run failed (device, runtime), 2 unusable input.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Write the logits of every token of a sequence to a safetensors file.
+    Logits(LogitsArgs),
+    /// Answer a list of questions and count exact matches.
+    Eval(EvalArgs),
+    /// Look into checkpoints, or make one with random weights.
+    Checkpoint {
+        #[command(subcommand)]
+        command: CheckpointCommand,
+    },
+    /// List the dies that a backend offers, and what is assumed about them.
+    Devices(DevicesArgs),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Backend {
+    /// The simulator: values and time, no hardware.
+    Sim,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    On,
+    Off,
+}
+
+/// Which machine to run on, and how.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct SystemArgs {
+    /// What runs the commands.
+    #[arg(long, value_enum, default_value = "sim")]
+    pub(crate) backend: Backend,
+    /// Simulated machine: va16, h800, or the path of a machine file.
+    #[arg(long, value_name = "NAME|FILE", default_value = "va16")]
+    pub(crate) machine: String,
+    /// Whether to simulate time besides values.
+    #[arg(long, value_enum, default_value = "on")]
+    pub(crate) timing: Switch,
+    /// Check every command before the device sees it: shapes, lifetimes, hazards, leaks.
+    #[arg(long)]
+    pub(crate) validate: bool,
+    /// Host threads of the simulator; one per processor by default. Never changes a result.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+    /// Inject a fault, e.g. "op=linear,label=layer 2,nth=5,action=fail". May be repeated.
+    #[arg(long, value_name = "RULE")]
+    pub(crate) fault: Vec<hal::fault::FaultRule>,
+}
+
+/// Which model, in which numbers.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ModelArgs {
+    /// Folder of a checkpoint in the released DeepSeek-V3 layout; the built-in tiny model if absent.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// fp8: DeepSeek's recipe; bf16: dequantised weights; f32: for comparison with other programs.
+    #[arg(long, default_value = "fp8", value_name = "fp8|bf16|f32")]
+    pub(crate) numerics: Numerics,
+    /// Longest sequence, prompt and output together; by default as much as the request needs.
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) max_model_len: Option<usize>,
+    /// Most tokens that one prefill step takes; longer prompts go in pieces.
+    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    pub(crate) prefill_chunk: usize,
+    #[command(flatten)]
+    pub(crate) system: SystemArgs,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// A user's message, put through the checkpoint's chat template.
+    #[arg(long, value_name = "TEXT", group = "input")]
+    pub(crate) chat: Option<String>,
+    /// Raw text to continue.
+    #[arg(long, value_name = "TEXT", group = "input")]
+    pub(crate) prompt: Option<String>,
+    /// Token ids to continue, as they are.
+    #[arg(long, value_name = "1,2,3", group = "input", value_parser = parse_ids)]
+    pub(crate) token_ids: Option<TokenIds>,
+    /// Most tokens to generate.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) max_tokens: usize,
+    /// 0 chooses the most likely token; DeepSeek recommends 0.3 for V3-0324.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub(crate) temperature: f64,
+    /// Sample from this many of the most likely tokens only.
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<usize>,
+    /// Sample from the most likely tokens that together have this probability.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub(crate) top_p: f64,
+    /// Seed of the sampling; equal seeds give equal text.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Go on after an end-of-sequence token.
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    /// Write the result as one JSON object to a file, or with "-" to standard output and nothing
+    /// else there.
+    #[arg(long, value_name = "FILE|-")]
+    pub(crate) json: Option<String>,
+    /// Print the generated text and nothing else.
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct LogitsArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// The sequence.
+    #[arg(long, value_name = "1,2,3", required = true, value_parser = parse_ids)]
+    pub(crate) token_ids: TokenIds,
+    /// File to write: "logits" [T, vocab] F32 and, where the checkpoint has an MTP layer,
+    /// "mtp_logits" [T-1, vocab], row i from hidden state i and token i+1.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct EvalArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// JSON list of {"question", "answer"}; the built-in model's own questions if absent.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) questions: Option<PathBuf>,
+    /// Ask only the first N.
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<usize>,
+    /// Most tokens of an answer.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub(crate) max_tokens: usize,
+    /// Print one JSON object and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CheckpointCommand {
+    /// Tensors, dtypes, sizes, parameters, and what is missing or unexpected against the config.
+    Inspect {
+        /// Folder of the checkpoint.
+        #[arg(required_unless_present = "config", conflicts_with = "config")]
+        dir: Option<PathBuf>,
+        /// Describe a configuration without weights: tiny, 1gb, deepseek-v3, or a config.json.
+        #[arg(long, value_name = "PRESET|FILE")]
+        config: Option<String>,
+        /// Print one JSON object and nothing else.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write a checkpoint with random weights in the released layout.
+    Synth {
+        /// tiny, 1gb, deepseek-v3, or the path of a config.json.
+        #[arg(long, value_name = "PRESET|FILE")]
+        config: String,
+        /// Folder to make; must be empty or absent.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Seed of the weights.
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        seed: u64,
+        /// Most bytes in a shard, in MiB.
+        #[arg(long, value_name = "MIB", default_value_t = 4096, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+        shard_mib: u64,
+    },
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct DevicesArgs {
+    #[command(flatten)]
+    pub(crate) system: SystemArgs,
+    /// Print one JSON object and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Token ids from the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TokenIds(pub(crate) Vec<u32>);
+
+/// Reads `1,2,3`; empty text is an empty list, which the engine refuses as an empty prompt.
+fn parse_ids(text: &str) -> Result<TokenIds, String> {
+    if text.trim().is_empty() {
+        return Ok(TokenIds(Vec::new()));
+    }
+    let id = |part: &str| {
+        part.trim().parse().map_err(|_| format!("{part:?} is no token id; expected e.g. 0,1022,267"))
+    };
+    text.split(',').map(id).collect::<Result<_, _>>().map(TokenIds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn token_ids_are_read_or_refused() {
+        assert_eq!(parse_ids("1, 2,3"), Ok(TokenIds(vec![1, 2, 3])));
+        assert_eq!(parse_ids(""), Ok(TokenIds(vec![])));
+        for bad in ["1,,2", "-1", "a", "4294967296"] {
+            assert!(parse_ids(bad).is_err(), "{bad}");
+        }
+    }
+}

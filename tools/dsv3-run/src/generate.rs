@@ -1,0 +1,294 @@
+//! Generating text.
+
+use crate::cli::{Backend, GenerateArgs};
+use crate::output::{bold, bytes, count, dim, picos, seconds};
+use crate::source::Source;
+use crate::system;
+use crate::trace::{Total, Totals};
+use anyhow::Context;
+use model::engine::{Engine, Generation, GenerationOptions, Timing};
+use model::sampling::SamplingParams;
+use model::tokenizer::SpecialTokens;
+use serde_json::{Value, json};
+use std::io::Write;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// What the built-in model is asked if the user asks nothing.
+const QUESTION: &str = "What is the capital of France?";
+
+/// How many ops the table lists.
+const SHOWN_OPS: usize = 5;
+
+/// What a run measured, for the table and for JSON.
+struct Report<'a> {
+    source: &'a Source,
+    args: &'a GenerateArgs,
+    prompt: &'a [u32],
+    generation: &'a Generation,
+    text: String,
+    ops: Vec<Total>,
+    machine: String,
+    assumed: Vec<String>,
+    constants: usize,
+    memory: model::engine::MemoryPlan,
+    load_seconds: f64,
+    run_seconds: f64,
+    first_token_seconds: Option<f64>,
+}
+
+pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
+    let began = Instant::now();
+    let to_stdout = args.json.as_deref() == Some("-");
+    let source = Source::open(&args.model)?;
+    let prompt = prompt(args, &source)?;
+    let running = system::open(&args.model.system)?;
+    let tokens = prompt.len().saturating_add(args.max_tokens);
+    let mut engine = source.engine(&args.model, &running, tokens, false)?;
+    // Loading is over: only what the request costs is counted.
+    let totals = Arc::new(Totals::default());
+    if engine.device().properties().clock.is_some() {
+        engine.device().set_trace(Some(totals.clone()))?;
+    }
+    let options = GenerationOptions {
+        max_tokens: args.max_tokens,
+        sampling: SamplingParams {
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            seed: args.seed,
+        },
+        stop_ids: source.stop_ids(),
+        ignore_eos: args.ignore_eos,
+        allowed: source.tokenizer.as_ref().map(|t| t.real_ids()),
+    };
+    let load_seconds = began.elapsed().as_secs_f64();
+    if !to_stdout && !args.quiet {
+        announce(args, &source, &prompt)?;
+    }
+    let started = Instant::now();
+    let mut first_token = None;
+    let mut printer = Printer::new(&source, !to_stdout);
+    let generation = engine.generate(&prompt, &options, &mut |token| {
+        first_token.get_or_insert_with(|| began.elapsed().as_secs_f64());
+        printer.token(token);
+    })?;
+    let run_seconds = started.elapsed().as_secs_f64();
+    let text = printer.finish()?;
+    let memory = engine.memory();
+    release(engine, &running)?;
+    let report = Report {
+        source: &source,
+        args,
+        prompt: &prompt,
+        generation: &generation,
+        text,
+        ops: totals.ranked(),
+        machine: running.system.machine().name.clone(),
+        assumed: running.system.machine().assumed(),
+        constants: running.system.machine().constants().len(),
+        memory,
+        load_seconds,
+        run_seconds,
+        first_token_seconds: first_token,
+    };
+    match args.json.as_deref() {
+        Some("-") => writeln!(std::io::stdout(), "{}", report.json())?,
+        Some(file) => std::fs::write(file, format!("{:#}\n", report.json()))
+            .with_context(|| format!("writing {file}"))?,
+        None => {}
+    }
+    if !to_stdout && !args.quiet {
+        write!(std::io::stdout(), "{}", report.table())?;
+    }
+    Ok(())
+}
+
+fn prompt(args: &GenerateArgs, source: &Source) -> anyhow::Result<Vec<u32>> {
+    match (&args.token_ids, &args.prompt, &args.chat) {
+        (Some(ids), ..) => Ok(ids.0.clone()),
+        (_, Some(text), _) => source.raw(text),
+        (_, _, Some(message)) => source.chat(message),
+        _ => source.chat(QUESTION),
+    }
+}
+
+/// Says what was asked, before the answer.
+fn announce(args: &GenerateArgs, source: &Source, prompt: &[u32]) -> std::io::Result<()> {
+    let asked = match (&args.token_ids, &args.prompt, &args.chat) {
+        (Some(_), ..) => format!("{} token ids", prompt.len()),
+        (_, Some(text), _) => text.clone(),
+        (_, _, Some(message)) => message.clone(),
+        _ => QUESTION.to_string(),
+    };
+    let mut out = std::io::stdout();
+    writeln!(out, "{} {}", dim(&format!("{} >", source.name)), asked)
+}
+
+/// Frees everything, and with `--validate` makes sure that it is freed.
+fn release(engine: Engine, running: &system::Running) -> anyhow::Result<()> {
+    engine.device().set_trace(None)?;
+    drop(engine);
+    match running.leaks() {
+        None | Some(0) => Ok(()),
+        Some(n) => anyhow::bail!("--validate: {n} buffers are still allocated at the end"),
+    }
+}
+
+/// Prints text as tokens come.
+struct Printer {
+    decoder: Option<model::tokenizer::StreamDecoder>,
+    text: String,
+    show: bool,
+    failed: Option<std::io::Error>,
+}
+
+impl Printer {
+    fn new(source: &Source, show: bool) -> Self {
+        let decoder = source.tokenizer.as_ref().map(|t| t.stream(SpecialTokens::Skip));
+        Printer { decoder, text: String::new(), show, failed: None }
+    }
+
+    fn token(&mut self, token: u32) {
+        match &mut self.decoder {
+            Some(decoder) => {
+                let piece = decoder.push(token);
+                self.print(&piece);
+                self.text.push_str(&piece);
+            }
+            None => self.print(&format!("{token} ")),
+        }
+    }
+
+    fn print(&mut self, piece: &str) {
+        if self.show && self.failed.is_none() && !piece.is_empty() {
+            let mut out = std::io::stdout();
+            self.failed = write!(out, "{piece}").and_then(|()| out.flush()).err();
+        }
+    }
+
+    fn finish(mut self) -> std::io::Result<String> {
+        let rest = self.decoder.as_mut().map(|d| d.finish()).unwrap_or_default();
+        self.print(&rest);
+        self.text.push_str(&rest);
+        self.print("\n");
+        self.failed.map_or(Ok(self.text), Err)
+    }
+}
+
+/// Tokens per second, if any time passed.
+fn rate(tokens: usize, ps: u64) -> Option<f64> {
+    (ps > 0).then(|| tokens as f64 / (ps as f64 * 1e-12))
+}
+
+impl Report<'_> {
+    /// Tokens after the first, which prefill gives.
+    fn decoded(&self) -> usize {
+        self.generation.token_ids.len().saturating_sub(1)
+    }
+
+    fn json(&self) -> Value {
+        let timing = self.generation.timing.map(|t| self.timing_json(t));
+        json!({
+            "model": self.source.name,
+            "numerics": self.args.model.numerics.name(),
+            "prompt_token_ids": self.prompt,
+            "token_ids": self.generation.token_ids,
+            "text": self.source.tokenizer.is_some().then_some(&self.text),
+            "finish_reason": self.generation.finish_reason,
+            "timing": timing,
+            "wall": {
+                "clock": "host",
+                "load_s": self.load_seconds,
+                "first_token_s": self.first_token_seconds,
+                "run_s": self.run_seconds,
+                "tokens_per_s": self.generation.token_ids.len() as f64 / self.run_seconds,
+            },
+            "memory": {
+                "weights_bytes": self.memory.weights,
+                "cache_bytes": self.memory.cache,
+                "workspace_bytes": self.memory.workspace,
+            },
+        })
+    }
+
+    fn timing_json(&self, timing: Timing) -> Value {
+        let Timing { clock, prefill_ps, decode_ps } = timing;
+        json!({
+            "clock": clock,
+            "machine": self.machine,
+            "prefill_ms": prefill_ps as f64 * 1e-9,
+            "decode_ms": decode_ps as f64 * 1e-9,
+            "ttft_ms": prefill_ps as f64 * 1e-9,
+            "tpot_ms": (self.decoded() > 0).then(|| decode_ps as f64 * 1e-9 / self.decoded() as f64),
+            "prefill_tokens_per_s": rate(self.prompt.len(), prefill_ps),
+            "decode_tokens_per_s": rate(self.decoded(), decode_ps),
+            "ops": self.ops,
+            "assumed": self.assumed,
+        })
+    }
+
+    fn table(&self) -> String {
+        let mut out = String::from("\n");
+        if let Some(timing) = self.generation.timing {
+            self.timing_table(timing, &mut out);
+        }
+        let wall = format!(
+            "{} for {} tokens = {} tokens/s, after {} to load {}",
+            seconds(self.run_seconds),
+            self.generation.token_ids.len(),
+            count(self.generation.token_ids.len() as f64 / self.run_seconds),
+            seconds(self.load_seconds),
+            bytes(self.memory.weights),
+        );
+        out += &format!("{} {wall}\n", bold("host wall time:"));
+        out += &dim(&self.provenance());
+        out.push('\n');
+        out
+    }
+
+    fn timing_table(&self, timing: Timing, out: &mut String) {
+        let heading = format!("{} time, one die of {}, {}:", timing.clock, self.machine, self.args.model.numerics);
+        out.push_str(&bold(&heading));
+        out.push('\n');
+        let mut row = |what: &str, tokens: usize, ps: u64| {
+            let rate = rate(tokens, ps).map_or("-".to_string(), count);
+            out.push_str(&format!("  {what:<8} {tokens:>6} tokens {:>10} {rate:>9} tokens/s\n", picos(ps)));
+        };
+        row("prefill", self.prompt.len(), timing.prefill_ps);
+        row("decode", self.decoded(), timing.decode_ps);
+        let all: u64 = self.ops.iter().map(|t| t.picos).sum();
+        if all == 0 {
+            return;
+        }
+        out.push_str(&format!(
+            "  {:<18} {:>6} {:>10} {:>6}  {}\n",
+            "most expensive op", "calls", "time", "share", "bound by"
+        ));
+        for op in self.ops.iter().take(SHOWN_OPS) {
+            let share = 100.0 * op.picos as f64 / all as f64;
+            out.push_str(&format!(
+                "  {:<18} {:>6} {:>10} {share:>5.1}%  {}\n",
+                op.op,
+                op.calls,
+                picos(op.picos),
+                op.bound
+            ));
+        }
+    }
+
+    /// What was simulated and what was assumed: the last line.
+    fn provenance(&self) -> String {
+        let Backend::Sim = self.args.model.system.backend;
+        if self.generation.timing.is_none() {
+            return "values computed by the simulator; timing off".to_string();
+        }
+        format!(
+            "values computed and time simulated (roofline per op) from machine {:?}; {} of its {} \
+             constants are assumed, not published: see `dsv3-run devices`",
+            self.machine,
+            self.assumed.len(),
+            self.constants,
+        )
+    }
+}
