@@ -23,7 +23,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 import dsv3
 from shapes import BASE, SHAPES
 
-PROMPT, NEW, SHORT = 40, 24, 8
+# Together 61 tokens: positions up to 60.
+PROMPT, NEW, SHORT = 37, 24, 5
 MIN_ROUTING_GAP, MIN_TOP2_GAP = 1e-4, 0.01
 SEEDS = 5000
 
@@ -88,12 +89,13 @@ def draw(name, size, g):
         return torch.randn(size, generator=g)
     gain = 3.0 if "lm_head" in name else 2.0 if "down_proj" in name or "o_proj" in name else 1.3
     weight = gain / math.sqrt(size[1]) * torch.randn(size, generator=g)
-    # Blocks of unlike size, so that a scale used for the wrong block shows.
-    blocks = [-(-n // dsv3.BLOCK) for n in size]
-    factor = torch.exp(0.7 * torch.randn(blocks, generator=g))
-    if factor.numel() > 1:
-        wide = factor.repeat_interleave(dsv3.BLOCK, 0).repeat_interleave(dsv3.BLOCK, 1)
-        weight *= wide[: size[0], : size[1]]
+    if is_linear(name):
+        # Blocks of unlike size, so that a scale used for the wrong block shows.
+        blocks = [-(-n // dsv3.BLOCK) for n in size]
+        if max(blocks) > 1:
+            factor = torch.exp(0.7 * torch.randn(blocks, generator=g))
+            wide = factor.repeat_interleave(dsv3.BLOCK, 0).repeat_interleave(dsv3.BLOCK, 1)
+            weight *= wide[: size[0], : size[1]]
     return weight
 
 

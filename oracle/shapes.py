@@ -136,11 +136,12 @@ SHAPES = [
     Shape(
         "v_head_wide",
         "value heads wider than keys without rotation (24 against 8)",
-        {"v_head_dim": 24},
+        ONE_MOE_LAYER | {"v_head_dim": 24},
     ),
     Shape(
         "bf16",
         "BF16 dump: no `quantization_config`, no scales",
+        ONE_MOE_LAYER,
         drop=("quantization_config",),
     ),
     Shape(
@@ -204,7 +205,8 @@ SHAPES = [
     Shape(
         "yarn_long",
         "sequences beyond `original_max_position_embeddings` (32), factor 4",
-        {
+        ONE_MOE_LAYER
+        | {
             "rope_scaling": YARN | {"factor": 4, "original_max_position_embeddings": 32},
             "max_position_embeddings": 128,
         },

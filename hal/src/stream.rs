@@ -4,6 +4,7 @@ use crate::{
     Buffer, Clock, Collective, Communicator, DType, DeviceId, Op, Region, Result, Tensor,
     TensorDesc,
 };
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -107,6 +108,9 @@ pub struct Timestamp {
 /// The backend's side of a stream's progress. The value counts the commands completed; it never
 /// falls.
 pub trait Timeline: Send + Sync + fmt::Debug {
+    /// For the backend to find its own type again.
+    fn as_any(&self) -> &dyn Any;
+
     /// The stream.
     fn stream(&self) -> StreamId;
 
@@ -201,6 +205,9 @@ impl Point {
 /// fails has submitted nothing.
 #[doc(alias = "cudaStream_t")]
 pub trait Stream: Send + Sync + fmt::Debug {
+    /// For the backend to find its own type again.
+    fn as_any(&self) -> &dyn Any;
+
     /// Identity.
     fn id(&self) -> StreamId;
 

@@ -5,7 +5,7 @@ mod common;
 use common::{SOON, die, floats, read, system};
 use hal::fault::FaultPlan;
 use hal::op::Add;
-use hal::{DType, Error, Op, Stream, Tensor};
+use hal::{DType, Error, Op, Tensor};
 use sim::Mode;
 use std::sync::Arc;
 use std::time::Duration;

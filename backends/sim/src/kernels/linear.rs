@@ -1,0 +1,505 @@
+//! Matrix products: `out[t, n] = Σ_k x[t, k] · w[n, k]`, plain, block-scaled and grouped.
+//!
+//! Weights are read once and decoded in registers; activations are widened to FP32 beforehand.
+//! A tile of [`ROWS`] weight rows and up to [`TOKENS`] tokens keeps its sums in registers. Work is
+//! split over weight rows only, so that no sum is ever split.
+
+use super::number::{Float, decode_e4m3};
+use super::simd::{Element, LANES, for_vectors, kernel, sum, tail, vector};
+use super::{Arg, Args, Context, Outcome, View, ViewMut};
+use half::bf16;
+use hal::op::{BatchedLinear, BlockGrid, GroupedLinear, Linear, Routing};
+use hal::{DType, Operand};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Weight rows of a tile.
+const ROWS: usize = 4;
+
+/// Tokens of a tile.
+const TOKENS: usize = 4;
+
+/// From this many tokens on, a tile's FP8 rows are decoded once for all of them.
+const DECODE_ONCE: usize = 2 * TOKENS;
+
+/// Multiply-adds from which on it pays to wake other threads: some 100 µs of one.
+const PARALLEL: usize = 1 << 20;
+
+/// What FP8 weights are loaded too small by; see [`Lanes::load_fp8`].
+const FP8_FACTOR: f32 = 256.0;
+
+/// Activations as FP32 rows, with the scales of each group of columns.
+struct Activations {
+    values: Vec<f32>,
+    scales: Option<Vec<f32>>,
+    columns: usize,
+    groups: usize,
+}
+
+impl Activations {
+    fn read(args: &Args<'_>, x: &Arg, x_scales: Option<&Arg>) -> Self {
+        let (rows, columns) = (x.desc.dim(0), x.desc.dim(1));
+        let mut values = Vec::with_capacity(rows * columns);
+        match x.desc.dtype() {
+            DType::F32 => collect(&args.read::<f32>(x), &mut values, |v| v),
+            DType::Bf16 => collect(&args.read::<bf16>(x), &mut values, Element::widen),
+            _ => {
+                let table: [f32; 256] = std::array::from_fn(|byte| decode_e4m3(byte as u8));
+                collect(&args.read::<u8>(x), &mut values, |byte| table[usize::from(byte)]);
+            }
+        }
+        let groups = x_scales.map_or(0, |s| s.desc.dim(1));
+        let scales = x_scales.map(|s| {
+            let mut scales = Vec::with_capacity(rows * groups);
+            collect(&args.read::<f32>(s), &mut scales, |v| v);
+            scales
+        });
+        Activations { values, scales, columns, groups }
+    }
+
+    fn row(&self, t: usize) -> &[f32] {
+        &self.values[t * self.columns..(t + 1) * self.columns]
+    }
+
+    fn row_scales(&self, t: usize) -> &[f32] {
+        self.scales.as_ref().map_or(&[], |s| &s[t * self.groups..(t + 1) * self.groups])
+    }
+}
+
+fn collect<T: Copy>(x: &View<'_, T>, out: &mut Vec<f32>, widen: impl Fn(T) -> f32) {
+    for r in 0..x.desc.dim(0) {
+        out.extend(x.row(r).iter().map(|&v| widen(v)));
+    }
+}
+
+/// One weight: rows of it, and their scales.
+#[derive(Clone, Copy)]
+struct Weight<'a, W> {
+    values: &'a [W],
+    scales: &'a [f32],
+    rows: usize,
+    grid: BlockGrid,
+}
+
+/// Tokens that meet one weight.
+struct Group<'a, W> {
+    weight: Weight<'a, W>,
+    tokens: Range<usize>,
+}
+
+impl<'a, W: Element> Weight<'a, W> {
+    fn row(&self, n: usize, columns: usize) -> &'a [W] {
+        &self.values[n * columns..(n + 1) * columns]
+    }
+
+    fn row_scales(&self, n: usize, groups: usize) -> &'a [f32] {
+        if groups == 0 {
+            return &[];
+        }
+        let at = self.grid.scale_row(n, self.rows) * groups;
+        &self.scales[at..at + groups]
+    }
+}
+
+kernel! {
+    /// A tile of plain products.
+    fn dense_tile<L, W: Element; const R, const M>(
+        w: [&[W]; R],
+        x: [&[f32]; M],
+    ) -> [[f32; M]; R] {
+        let mut acc = [[L::splat(0.0); M]; R];
+        let columns = x[0].len();
+        for_vectors!(|i| in columns, {
+            let xs: [L; M] = std::array::from_fn(|m| L::load(vector(x[m], i)));
+            for r in 0..R {
+                let wv: L = W::load(vector(w[r], i));
+                for m in 0..M {
+                    acc[r][m] = acc[r][m].fma(wv, xs[m]);
+                }
+            }
+        }, |_rest| {
+            for r in 0..R {
+                let wv: L = W::load(&tail(w[r], i));
+                for m in 0..M {
+                    acc[r][m] = acc[r][m].fma(wv, L::load(&tail(x[m], i)));
+                }
+            }
+        });
+        acc.map(|row| row.map(|v| sum(v.array())))
+    }
+}
+
+kernel! {
+    /// A tile of block-scaled products: each group of columns is summed by itself, then scaled and
+    /// added lane by lane.
+    fn scaled_tile<L, W: Element; const R, const M>(
+        w: [&[W]; R],
+        w_scales: [&[f32]; R],
+        x: [&[f32]; M],
+        x_scales: [&[f32]; M],
+        grid: BlockGrid,
+    ) -> [[f32; M]; R] {
+        let mut total = [[L::splat(0.0); M]; R];
+        let columns = x[0].len();
+        for group in 0..x_scales[0].len() {
+            let range = grid.group_columns(group, columns);
+            let w: [&[W]; R] = std::array::from_fn(|r| &w[r][range.clone()]);
+            let x: [&[f32]; M] = std::array::from_fn(|m| &x[m][range.clone()]);
+            let mut acc = [[L::splat(0.0); M]; R];
+            for_vectors!(|i| in range.len(), {
+                let xs: [L; M] = std::array::from_fn(|m| L::load(vector(x[m], i)));
+                for r in 0..R {
+                    let wv: L = W::load(vector(w[r], i));
+                    for m in 0..M {
+                        acc[r][m] = acc[r][m].fma(wv, xs[m]);
+                    }
+                }
+            }, |_rest| {
+                for r in 0..R {
+                    let wv: L = W::load(&tail(w[r], i));
+                    for m in 0..M {
+                        acc[r][m] = acc[r][m].fma(wv, L::load(&tail(x[m], i)));
+                    }
+                }
+            });
+            for r in 0..R {
+                for m in 0..M {
+                    let scale = L::splat(w_scales[r][group] * x_scales[m][group] * FP8_FACTOR);
+                    total[r][m] = total[r][m].fma(acc[r][m], scale);
+                }
+            }
+        }
+        total.map(|row| row.map(|v| sum(v.array())))
+    }
+}
+
+kernel! {
+    /// FP8 values times 2⁻⁸.
+    fn decode_scaled<L>(bytes: &[u8], out: &mut [f32]) {
+        for_vectors!(|i| in bytes.len(), {
+            out[i..i + LANES].copy_from_slice(&L::load_fp8(vector(bytes, i)).array());
+        }, |rest| {
+            out[i..].copy_from_slice(&L::load_fp8(&tail(bytes, i)).array()[..rest]);
+        });
+    }
+}
+
+kernel! {
+    /// Whether any FP8 value is a NaN.
+    fn has_nan<_L>(bytes: &[u8]) -> bool {
+        let mut found = 0u8;
+        for &byte in bytes {
+            found |= u8::from(byte & 0x7f == 0x7f);
+        }
+        found != 0
+    }
+}
+
+/// A weight element type: how a block of rows meets the tokens.
+trait Product: Element {
+    /// `out[r][t]` for `R` rows from `n` and all tokens of the group.
+    fn block<const R: usize>(
+        ctx: &Context,
+        w: &Weight<'_, Self>,
+        n: usize,
+        x: &Activations,
+        tokens: Range<usize>,
+        out: &mut [f32],
+    );
+}
+
+/// Runs `tile` over the tokens in tiles of 4, then one by one.
+macro_rules! over_tokens {
+    ($tokens:expr, $out:expr, $R:expr, |$m:ident, $at:ident| $tile:expr) => {{
+        let count = $tokens.len();
+        let mut t = 0;
+        while t < count {
+            if t + TOKENS <= count {
+                const $m: usize = TOKENS;
+                let $at = $tokens.start + t;
+                let tile = $tile;
+                for r in 0..$R {
+                    $out[r * count + t..r * count + t + TOKENS].copy_from_slice(&tile[r]);
+                }
+                t += TOKENS;
+            } else {
+                const $m: usize = 1;
+                let $at = $tokens.start + t;
+                let tile = $tile;
+                for r in 0..$R {
+                    $out[r * count + t] = tile[r][0];
+                }
+                t += 1;
+            }
+        }
+    }};
+}
+
+macro_rules! dense_product {
+    ($($W:ty),+) => {$(
+        impl Product for $W {
+            fn block<const R: usize>(
+                ctx: &Context,
+                w: &Weight<'_, Self>,
+                n: usize,
+                x: &Activations,
+                tokens: Range<usize>,
+                out: &mut [f32],
+            ) {
+                let rows: [&[Self]; R] = std::array::from_fn(|r| w.row(n + r, x.columns));
+                over_tokens!(tokens, out, R, |M, at| {
+                    let x: [&[f32]; M] = std::array::from_fn(|m| x.row(at + m));
+                    dense_tile::<Self, R, M>(ctx.isa, rows, x)
+                });
+            }
+        }
+    )+};
+}
+dense_product!(f32, bf16);
+
+impl Product for u8 {
+    fn block<const R: usize>(
+        ctx: &Context,
+        w: &Weight<'_, Self>,
+        n: usize,
+        x: &Activations,
+        tokens: Range<usize>,
+        out: &mut [f32],
+    ) {
+        let rows: [&[u8]; R] = std::array::from_fn(|r| w.row(n + r, x.columns));
+        let scales: [&[f32]; R] = std::array::from_fn(|r| w.row_scales(n + r, x.groups));
+        let grid = w.grid;
+        if tokens.len() >= DECODE_ONCE {
+            let mut decoded = vec![0.0; R * x.columns];
+            for (row, out) in rows.iter().zip(decoded.chunks_mut(x.columns)) {
+                decode_scaled(ctx.isa, row, out);
+            }
+            let rows: [&[f32]; R] =
+                std::array::from_fn(|r| &decoded[r * x.columns..(r + 1) * x.columns]);
+            over_tokens!(tokens, out, R, |M, at| {
+                let values: [&[f32]; M] = std::array::from_fn(|m| x.row(at + m));
+                let x_scales: [&[f32]; M] = std::array::from_fn(|m| x.row_scales(at + m));
+                scaled_tile::<f32, R, M>(ctx.isa, rows, scales, values, x_scales, grid)
+            });
+        } else {
+            over_tokens!(tokens, out, R, |M, at| {
+                let values: [&[f32]; M] = std::array::from_fn(|m| x.row(at + m));
+                let x_scales: [&[f32]; M] = std::array::from_fn(|m| x.row_scales(at + m));
+                scaled_tile::<u8, R, M>(ctx.isa, rows, scales, values, x_scales, grid)
+            });
+        }
+        for (r, row) in rows.iter().enumerate() {
+            if has_nan(ctx.isa, row) {
+                out[r * tokens.len()..(r + 1) * tokens.len()].fill(f32::NAN);
+            }
+        }
+    }
+}
+
+/// `out[n - first][t]` for the weight's rows from `first`, as many as `out` holds.
+fn rows<W: Product>(ctx: &Context, group: &Group<'_, W>, first: usize, x: &Activations, out: &mut [f32]) {
+    let tokens = group.tokens.clone();
+    let count = tokens.len();
+    let mut n = first;
+    let mut blocks = out.chunks_exact_mut(ROWS * count);
+    for block in &mut blocks {
+        W::block::<ROWS>(ctx, &group.weight, n, x, tokens.clone(), block);
+        n += ROWS;
+    }
+    for row in blocks.into_remainder().chunks_exact_mut(count) {
+        W::block::<1>(ctx, &group.weight, n, x, tokens.clone(), row);
+        n += 1;
+    }
+}
+
+/// All groups; the result of group `g` is `[rows][tokens]`, one after the other.
+fn products<W: Product>(ctx: &Context, groups: &[Group<'_, W>], x: &Activations) -> Vec<f32> {
+    let sizes = groups.iter().map(|g| g.weight.rows * g.tokens.len());
+    let mut out = vec![0.0; sizes.clone().sum()];
+    let work = out.len() * x.columns;
+    if work < PARALLEL || ctx.threads == 1 {
+        let mut rest = out.as_mut_slice();
+        for (group, size) in groups.iter().zip(sizes) {
+            let (mine, later) = rest.split_at_mut(size);
+            rows(ctx, group, 0, x, mine);
+            rest = later;
+        }
+        return out;
+    }
+    // Pieces of equal work, a few per thread, each of whole blocks of rows.
+    let piece = (out.len() / (ctx.threads * 8)).max(1);
+    let mut pieces = Vec::new();
+    let mut rest = out.as_mut_slice();
+    for group in groups {
+        let tokens = group.tokens.len();
+        let step = (piece / tokens.max(1)).next_multiple_of(ROWS).max(ROWS);
+        let mut first = 0;
+        while first < group.weight.rows {
+            let count = step.min(group.weight.rows - first);
+            let (mine, later) = rest.split_at_mut(count * tokens);
+            pieces.push((group, first, mine));
+            (rest, first) = (later, first + count);
+        }
+    }
+    pieces.into_par_iter().for_each(|(group, first, out)| rows(ctx, group, first, x, out));
+    out
+}
+
+/// Writes `[rows][tokens]` results to `out[t, n]`.
+fn store<T: Float>(groups: &[(Range<usize>, usize)], results: &[f32], out: &mut ViewMut<'_, T>) {
+    let mut rest = results;
+    for (tokens, rows) in groups {
+        let count = tokens.len();
+        let (mine, later) = rest.split_at(rows * count);
+        rest = later;
+        for t in 0..count {
+            let row = out.row(tokens.start + t);
+            row.iter_mut().enumerate().for_each(|(n, v)| *v = T::round(mine[n * count + t]));
+        }
+    }
+}
+
+fn multiply<W: Product>(ctx: &Context, args: &mut Args<'_>, groups: &[Group<'_, W>], x: &Activations, out: &Arg) {
+    let results = products(ctx, groups, x);
+    let shapes: Vec<_> = groups.iter().map(|g| (g.tokens.clone(), g.weight.rows)).collect();
+    match out.desc.dtype() {
+        DType::F32 => store(&shapes, &results, &mut args.write::<f32>(out)),
+        _ => store(&shapes, &results, &mut args.write::<bf16>(out)),
+    }
+}
+
+fn linear_as<W: Product>(op: &Linear<Arg>, args: &mut Args<'_>, ctx: &Context) {
+    let x = Activations::read(args, &op.x, op.x_scales.as_ref());
+    let w = args.read::<W>(&op.w);
+    let scales = op.w_scales.as_ref().map_or(&[][..], |s| args.read::<f32>(s).data);
+    let rows = op.w.desc.dim(0);
+    let weight = Weight { values: w.data, scales, rows, grid: op.grid };
+    let groups = [Group { weight, tokens: 0..op.x.desc.dim(0) }];
+    multiply(ctx, args, &groups, &x, &op.out);
+}
+
+/// See [`Linear`].
+pub(super) fn linear(op: &Linear<Arg>, args: &mut Args<'_>, ctx: &Context) {
+    match op.w.desc.dtype() {
+        DType::F32 => linear_as::<f32>(op, args, ctx),
+        DType::Bf16 => linear_as::<bf16>(op, args, ctx),
+        _ => linear_as::<u8>(op, args, ctx),
+    }
+}
+
+fn grouped_as<W: Product>(
+    op: &GroupedLinear<Arg>,
+    args: &mut Args<'_>,
+    ctx: &Context,
+) -> Result<Outcome, String> {
+    let offsets = args.read::<i32>(&op.offsets).data;
+    let limit = op.x.desc.dim(0);
+    let sorted = offsets.first() == Some(&0)
+        && offsets.windows(2).all(|pair| pair[0] <= pair[1])
+        && offsets.last().is_some_and(|&last| last as usize <= limit);
+    if !sorted {
+        return Err(format!("offsets {offsets:?} do not ascend from 0 to at most {limit} rows"));
+    }
+    let x = Activations::read(args, &op.x, op.x_scales.as_ref());
+    let w = args.read::<W>(&op.w);
+    let scales = op.w_scales.as_ref().map(|s| args.read::<f32>(s).data);
+    let (experts, rows, columns) = (op.w.desc.dim(0), op.w.desc.dim(1), op.w.desc.dim(2));
+    let per_expert = op.grid.scale_rows(rows) * x.groups;
+    let groups: Vec<Group<'_, W>> = (0..experts)
+        .filter(|&e| offsets[e] < offsets[e + 1])
+        .map(|e| Group {
+            weight: Weight {
+                values: &w.data[e * rows * columns..(e + 1) * rows * columns],
+                scales: scales.map_or(&[], |s| &s[e * per_expert..(e + 1) * per_expert]),
+                rows,
+                grid: op.grid,
+            },
+            tokens: offsets[e] as usize..offsets[e + 1] as usize,
+        })
+        .collect();
+    multiply(ctx, args, &groups, &x, &op.out);
+    let routing = Routing {
+        rows: offsets[experts] as u32,
+        active_experts: (groups.len() as u32).max(1),
+    };
+    Ok(Outcome { routing: Some(routing) })
+}
+
+/// See [`GroupedLinear`].
+pub(super) fn grouped_linear(
+    op: &GroupedLinear<Arg>,
+    args: &mut Args<'_>,
+    ctx: &Context,
+) -> Result<Outcome, String> {
+    match op.w.desc.dtype() {
+        DType::F32 => grouped_as::<f32>(op, args, ctx),
+        DType::Bf16 => grouped_as::<bf16>(op, args, ctx),
+        _ => grouped_as::<u8>(op, args, ctx),
+    }
+}
+
+kernel! {
+    /// `out[n] = Σ_k x[k] · w[k][n]`, each sum in ascending order of k.
+    fn k_major<L, T: Float>(x: &[T], w: &[T], stride: usize, out: &mut [f32]) {
+        let width = out.len();
+        for_vectors!(|n| in width, {
+            let mut acc = L::splat(0.0);
+            for (k, &value) in x.iter().enumerate() {
+                acc = acc.fma(L::splat(value.widen()), T::load(vector(&w[k * stride..], n)));
+            }
+            out[n..n + LANES].copy_from_slice(&acc.array());
+        }, |rest| {
+            let mut acc = L::splat(0.0);
+            for (k, &value) in x.iter().enumerate() {
+                let row = &w[k * stride..k * stride + width];
+                acc = acc.fma(L::splat(value.widen()), T::load(&tail(row, n)));
+            }
+            out[n..].copy_from_slice(&acc.array()[..rest]);
+        });
+    }
+}
+
+kernel! {
+    /// `out[n] = Σ_k x[k] · w[n][k]`.
+    fn n_major<L, T: Float>(x: &[T], w: &[T], stride: usize, out: &mut [f32]) {
+        for (n, out) in out.iter_mut().enumerate() {
+            let row = &w[n * stride..n * stride + x.len()];
+            let mut acc = L::splat(0.0);
+            for_vectors!(|i| in row.len(), {
+                acc = acc.fma(T::load(vector(row, i)), T::load(vector(x, i)));
+            }, |_rest| {
+                acc = acc.fma(T::load(&tail(row, i)), T::load(&tail(x, i)));
+            });
+            *out = sum(acc.array());
+        }
+    }
+}
+
+fn batched_as<T: Float>(op: &BatchedLinear<Arg>, args: &mut Args<'_>, ctx: &Context) {
+    let (x, w) = (args.read::<T>(&op.x), args.read::<T>(&op.w));
+    let (tokens, heads, columns) = (op.x.desc.dim(0), op.x.desc.dim(1), op.x.desc.dim(2));
+    let (width, stride, per_head) = (op.out.desc.dim(2), op.w.desc.stride(1), op.w.desc.stride(0));
+    let mut results = vec![0.0; tokens * heads * width];
+    let one = |index: usize, out: &mut [f32]| {
+        let (t, h) = (index / heads, index % heads);
+        let w = &w.data[h * per_head..];
+        match op.k_major {
+            true => k_major(ctx.isa, x.row2(t, h), w, stride, out),
+            false => n_major(ctx.isa, x.row2(t, h), w, stride, out),
+        }
+    };
+    super::for_each_chunk(ctx, &mut results, width, columns * width, one);
+    let mut out = args.write::<T>(&op.out);
+    for (index, row) in results.chunks_exact(width.max(1)).enumerate() {
+        let to = out.row2(index / heads, index % heads);
+        to.iter_mut().zip(row).for_each(|(to, &v)| *to = T::round(v));
+    }
+}
+
+/// See [`BatchedLinear`].
+pub(super) fn batched_linear(op: &BatchedLinear<Arg>, args: &mut Args<'_>, ctx: &Context) {
+    match op.x.desc().dtype() {
+        DType::F32 => batched_as::<f32>(op, args, ctx),
+        _ => batched_as::<bf16>(op, args, ctx),
+    }
+}

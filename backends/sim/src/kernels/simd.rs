@@ -1,0 +1,379 @@
+//! Vectors of 16 lanes on each instruction set, and the choice between them.
+//!
+//! Every sum of the kernels is defined over 16 lanes: lane `l` adds up the elements `k` with
+//! `k % 16 == l` in ascending order by fused multiply-add, and the lanes are then added pairwise.
+//! An instruction set changes how many of them one instruction holds, never the result.
+#![expect(
+    unsafe_code,
+    reason = "vendor intrinsics, and calls of functions compiled for an instruction set"
+)]
+
+use half::bf16;
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// An instruction set that the kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Isa {
+    /// Whatever the target guarantees.
+    Portable,
+    /// AVX2 with FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512 (F, BW, VL).
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Isa {
+    /// The best one that this processor has.
+    pub(crate) fn detect() -> Self {
+        Isa::available().into_iter().next_back().unwrap_or(Isa::Portable)
+    }
+
+    /// All that this processor has, best last.
+    pub(crate) fn available() -> Vec<Self> {
+        let mut all = vec![Isa::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            if avx2 {
+                all.push(Isa::Avx2);
+            }
+            if avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+            {
+                all.push(Isa::Avx512);
+            }
+        }
+        all
+    }
+}
+
+/// 16 FP32 lanes.
+///
+/// The implementations for an instruction set are named by [`kernel!`] alone, inside functions
+/// compiled for that set, which run only where [`Isa::detect`] found it.
+pub(crate) trait Lanes: Copy {
+    fn splat(value: f32) -> Self;
+    fn load(values: &[f32; LANES]) -> Self;
+    fn load_bf16(values: &[bf16; LANES]) -> Self;
+    /// FP8 E4M3 values times 2⁻⁸, exactly; a NaN byte loads as if it were 480.
+    ///
+    /// The factor comes from reading the byte as the upper bits of an IEEE half, whose exponent
+    /// bias is 8 larger.
+    fn load_fp8(values: &[u8; LANES]) -> Self;
+    /// `self + a · b`, rounded once.
+    fn fma(self, a: Self, b: Self) -> Self;
+    fn array(self) -> [f32; LANES];
+}
+
+impl Lanes for [f32; LANES] {
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    fn load(values: &[f32; LANES]) -> Self {
+        *values
+    }
+
+    #[inline(always)]
+    fn load_bf16(values: &[bf16; LANES]) -> Self {
+        std::array::from_fn(|l| f32::from_bits(u32::from(values[l].to_bits()) << 16))
+    }
+
+    #[inline(always)]
+    fn load_fp8(values: &[u8; LANES]) -> Self {
+        // The exponent of FP8 moved to that of FP32 gives the value times 2⁻¹²⁰, in integer bits;
+        // the product with 2¹¹² is exact.
+        std::array::from_fn(|l| {
+            let byte = u32::from(values[l]);
+            let bits = ((byte & 0x80) << 24) | ((byte & 0x7f) << 20);
+            f32::from_bits(bits) * f32::from_bits((127 + 112) << 23)
+        })
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self, b: Self) -> Self {
+        std::array::from_fn(|l| a[l].mul_add(b[l], self[l]))
+    }
+
+    #[inline(always)]
+    fn array(self) -> [f32; LANES] {
+        self
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{LANES, Lanes, bf16};
+    use std::arch::x86_64::*;
+
+    /// One 512-bit register.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx512(__m512);
+
+    // SAFETY of every block below: these types are used only inside functions that `kernel!`
+    // compiles for the instruction set and calls after its detection, so the instructions exist;
+    // loads read the 16 elements of the array reference they are given.
+    impl Lanes for Avx512 {
+        #[inline(always)]
+        fn splat(value: f32) -> Self {
+            // SAFETY: see above.
+            unsafe { Avx512(_mm512_set1_ps(value)) }
+        }
+
+        #[inline(always)]
+        fn load(values: &[f32; LANES]) -> Self {
+            // SAFETY: see above.
+            unsafe { Avx512(_mm512_loadu_ps(values.as_ptr())) }
+        }
+
+        #[inline(always)]
+        fn load_bf16(values: &[bf16; LANES]) -> Self {
+            // SAFETY: see above; bf16 is a transparent u16.
+            unsafe {
+                let words = _mm256_loadu_si256(values.as_ptr().cast());
+                let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(words));
+                Avx512(_mm512_castsi512_ps(wide))
+            }
+        }
+
+        #[inline(always)]
+        fn load_fp8(values: &[u8; LANES]) -> Self {
+            // SAFETY: see above.
+            unsafe {
+                let bytes = _mm_loadu_si128(values.as_ptr().cast());
+                let words = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(bytes));
+                let halves = _mm256_and_si256(words, _mm256_set1_epi16(0xbfff_u16 as i16));
+                Avx512(_mm512_cvtph_ps(halves))
+            }
+        }
+
+        #[inline(always)]
+        fn fma(self, a: Self, b: Self) -> Self {
+            // SAFETY: see above.
+            unsafe { Avx512(_mm512_fmadd_ps(a.0, b.0, self.0)) }
+        }
+
+        #[inline(always)]
+        fn array(self) -> [f32; LANES] {
+            let mut out = [0.0; LANES];
+            // SAFETY: see above; `out` has 16 elements.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), self.0) };
+            out
+        }
+    }
+
+    /// Two 256-bit registers.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx2(__m256, __m256);
+
+    impl Lanes for Avx2 {
+        #[inline(always)]
+        fn splat(value: f32) -> Self {
+            // SAFETY: see above.
+            unsafe { Avx2(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
+        }
+
+        #[inline(always)]
+        fn load(values: &[f32; LANES]) -> Self {
+            // SAFETY: see above.
+            unsafe {
+                let at = values.as_ptr();
+                Avx2(_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(8)))
+            }
+        }
+
+        #[inline(always)]
+        fn load_bf16(values: &[bf16; LANES]) -> Self {
+            // SAFETY: see above; bf16 is a transparent u16.
+            unsafe {
+                let at: *const __m128i = values.as_ptr().cast();
+                let widen = |words| {
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(words)))
+                };
+                Avx2(widen(_mm_loadu_si128(at)), widen(_mm_loadu_si128(at.add(1))))
+            }
+        }
+
+        #[inline(always)]
+        fn load_fp8(values: &[u8; LANES]) -> Self {
+            // SAFETY: see above.
+            unsafe {
+                let bytes = _mm_loadu_si128(values.as_ptr().cast());
+                let words = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(bytes));
+                let halves = _mm256_and_si256(words, _mm256_set1_epi16(0xbfff_u16 as i16));
+                Avx2(
+                    _mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+                    _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves)),
+                )
+            }
+        }
+
+        #[inline(always)]
+        fn fma(self, a: Self, b: Self) -> Self {
+            // SAFETY: see above.
+            unsafe {
+                Avx2(_mm256_fmadd_ps(a.0, b.0, self.0), _mm256_fmadd_ps(a.1, b.1, self.1))
+            }
+        }
+
+        #[inline(always)]
+        fn array(self) -> [f32; LANES] {
+            let mut out = [0.0; LANES];
+            // SAFETY: see above; `out` has 16 elements.
+            unsafe {
+                _mm256_storeu_ps(out.as_mut_ptr(), self.0);
+                _mm256_storeu_ps(out.as_mut_ptr().add(8), self.1);
+            }
+            out
+        }
+    }
+}
+
+/// Adds the lanes: halves, quarters, eighths, pairs.
+#[inline(always)]
+pub(crate) fn sum(v: [f32; LANES]) -> f32 {
+    let a: [f32; 8] = std::array::from_fn(|l| v[l] + v[l + 8]);
+    let b: [f32; 4] = std::array::from_fn(|l| a[l] + a[l + 4]);
+    (b[0] + b[2]) + (b[1] + b[3])
+}
+
+/// An element type that vectors are loaded from.
+pub(crate) trait Element: Copy + Send + Sync + bytemuck::Pod {
+    fn load<L: Lanes>(values: &[Self; LANES]) -> L;
+    fn widen(self) -> f32;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn load<L: Lanes>(values: &[f32; LANES]) -> L {
+        L::load(values)
+    }
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn load<L: Lanes>(values: &[bf16; LANES]) -> L {
+        L::load_bf16(values)
+    }
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+/// FP8 as weights: loads times 2⁻⁸, see [`Lanes::load_fp8`].
+impl Element for u8 {
+    #[inline(always)]
+    fn load<L: Lanes>(values: &[u8; LANES]) -> L {
+        L::load_fp8(values)
+    }
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        <[f32; LANES]>::load_fp8(&[self; LANES])[0]
+    }
+}
+
+/// Calls `f` with each vector of the equally long slices, the last one filled up with zeros.
+///
+/// A macro, because a closure would not be compiled for the caller's instruction set.
+macro_rules! for_vectors {
+    (|$i:ident| in $len:expr, $whole:block, |$tail:ident| $rest:block) => {{
+        let len = $len;
+        let mut $i = 0;
+        while $i + $crate::kernels::simd::LANES <= len {
+            $whole
+            $i += $crate::kernels::simd::LANES;
+        }
+        if $i < len {
+            let $tail = len - $i;
+            $rest
+        }
+    }};
+}
+pub(crate) use for_vectors;
+
+/// The 16 elements from `at`.
+#[inline(always)]
+pub(crate) fn vector<T>(slice: &[T], at: usize) -> &[T; LANES] {
+    slice[at..at + LANES].as_array().unwrap_or_else(|| unreachable!("16 elements were sliced"))
+}
+
+/// The elements from `at`, fewer than 16 of them, filled up with zeros.
+#[inline(always)]
+pub(crate) fn tail<T: Element>(slice: &[T], at: usize) -> [T; LANES] {
+    let mut out = [T::zeroed(); LANES];
+    out[..slice.len() - at].copy_from_slice(&slice[at..]);
+    out
+}
+
+/// Defines a function whose body is compiled once per instruction set: `fn name(isa, args..)`.
+/// The body is generic over `L: Lanes`.
+macro_rules! kernel {
+    (
+        $(#[$doc:meta])*
+        fn $name:ident < $L:ident $(, $T:ident : $bound:path)* $(; $(const $C:ident),+)? > (
+            $($arg:ident : $ty:ty),* $(,)?
+        ) $(-> $ret:ty)? $body:block
+    ) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments, reason = "kernels take their operands one by one")]
+        pub(crate) fn $name<$($T: $bound,)* $($(const $C: usize,)+)?>(
+            isa: $crate::kernels::simd::Isa, $($arg: $ty),*
+        ) $(-> $ret)? {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments, reason = "as above")]
+            fn body<$L: $crate::kernels::simd::Lanes, $($T: $bound,)* $($(const $C: usize,)+)?>(
+                $($arg: $ty),*
+            ) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
+            #[allow(clippy::too_many_arguments, reason = "as above")]
+            fn avx512<$($T: $bound,)* $($(const $C: usize,)+)?>($($arg: $ty),*) $(-> $ret)? {
+                body::<$crate::kernels::simd::Avx512, $($T,)* $($($C,)+)?>($($arg),*)
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            #[allow(clippy::too_many_arguments, reason = "as above")]
+            fn avx2<$($T: $bound,)* $($(const $C: usize,)+)?>($($arg: $ty),*) $(-> $ret)? {
+                body::<$crate::kernels::simd::Avx2, $($T,)* $($($C,)+)?>($($arg),*)
+            }
+
+            match isa {
+                $crate::kernels::simd::Isa::Portable => {
+                    body::<[f32; $crate::kernels::simd::LANES], $($T,)* $($($C,)+)?>($($arg),*)
+                }
+                // SAFETY: the variant exists only where `Isa::available` detected the features.
+                #[cfg(target_arch = "x86_64")]
+                #[expect(unsafe_code, reason = "a call into code for a detected instruction set")]
+                $crate::kernels::simd::Isa::Avx2 => unsafe { avx2::<$($T,)* $($($C,)+)?>($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                #[expect(unsafe_code, reason = "a call into code for a detected instruction set")]
+                $crate::kernels::simd::Isa::Avx512 => unsafe { avx512::<$($T,)* $($($C,)+)?>($($arg),*) },
+            }
+        }
+    };
+}
+pub(crate) use kernel;
