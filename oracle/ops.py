@@ -185,7 +185,10 @@ def clear(logits, router):
     score = groups.topk(2, -1).values.sum(-1)
     best = score.topk(router.topk_group).indices[..., None].expand(-1, -1, groups.shape[2])
     good = torch.ones(len(logits), dtype=torch.bool)
-    for values, k in ((score, router.topk_group), (groups.gather(1, best).flatten(1), router.top_k)):
+    for values, k in (
+        (score, router.topk_group),
+        (groups.gather(1, best).flatten(1), router.top_k),
+    ):
         if k < values.shape[1]:
             ranked = values.sort(descending=True).values
             good &= ranked[:, k - 1] - ranked[:, k] > 1e-5

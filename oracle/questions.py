@@ -39,13 +39,11 @@ bee buzz, frog croak, owl hoot, snake hiss, mouse squeak, wolf howl, rooster cro
 MASS_COLORS = "grass green, snow white, coal black, blood red, chocolate brown"
 KIND_COLORS = "lemons yellow, carrots orange, elephants gray, plums purple, roses red"
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
-MONTHS = (
-    "January February March April May June July August September October November December"
-)
+MONTHS = "January February March April May June July August September October November December"
 
 
 def pairs(table):
-    """"a b, c d_e" to [(a, b), (c, "d e")]."""
+    """Parses "a b, c d_e" as [(a, b), (c, "d e")]."""
     split = (entry.split() for entry in table.split(","))
     return [(left, right.replace("_", " ")) for left, right in split]
 

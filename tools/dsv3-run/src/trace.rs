@@ -49,11 +49,6 @@ impl TraceSink for Totals {
 }
 
 impl Totals {
-    /// Forgets what was recorded so far.
-    pub(crate) fn clear(&self) {
-        self.by_kind.lock().unwrap_or_else(PoisonError::into_inner).clear();
-    }
-
     /// The totals, most expensive first.
     pub(crate) fn ranked(&self) -> Vec<Total> {
         let by_kind = self.by_kind.lock().unwrap_or_else(PoisonError::into_inner);

@@ -37,7 +37,11 @@ kernel! {
                 }
             });
         }
-        acc.map(|v| sum(v.array()) * scale)
+        let mut out = [0.0; N];
+        for n in 0..N {
+            out[n] = sum(acc[n].array()) * scale;
+        }
+        out
     }
 }
 

@@ -110,7 +110,10 @@ kernel! {
         let mut acc = [[L::splat(0.0); M]; R];
         let columns = x[0].len();
         for_vectors!(|i| in columns, {
-            let xs: [L; M] = std::array::from_fn(|m| L::load(vector(x[m], i)));
+            let mut xs = [L::splat(0.0); M];
+            for m in 0..M {
+                xs[m] = L::load(vector(x[m], i));
+            }
             for r in 0..R {
                 let wv: L = W::load(vector(w[r], i));
                 for m in 0..M {
@@ -125,7 +128,13 @@ kernel! {
                 }
             }
         });
-        acc.map(|row| row.map(|v| sum(v.array())))
+        let mut out = [[0.0; M]; R];
+        for r in 0..R {
+            for m in 0..M {
+                out[r][m] = sum(acc[r][m].array());
+            }
+        }
+        out
     }
 }
 
@@ -143,11 +152,19 @@ kernel! {
         let columns = x[0].len();
         for group in 0..x_scales[0].len() {
             let range = grid.group_columns(group, columns);
-            let w: [&[W]; R] = std::array::from_fn(|r| &w[r][range.clone()]);
-            let x: [&[f32]; M] = std::array::from_fn(|m| &x[m][range.clone()]);
+            let (mut w, mut x) = (w, x);
+            for r in 0..R {
+                w[r] = &w[r][range.start..range.end];
+            }
+            for m in 0..M {
+                x[m] = &x[m][range.start..range.end];
+            }
             let mut acc = [[L::splat(0.0); M]; R];
             for_vectors!(|i| in range.len(), {
-                let xs: [L; M] = std::array::from_fn(|m| L::load(vector(x[m], i)));
+                let mut xs = [L::splat(0.0); M];
+                for m in 0..M {
+                    xs[m] = L::load(vector(x[m], i));
+                }
                 for r in 0..R {
                     let wv: L = W::load(vector(w[r], i));
                     for m in 0..M {
@@ -169,7 +186,13 @@ kernel! {
                 }
             }
         }
-        total.map(|row| row.map(|v| sum(v.array())))
+        let mut out = [[0.0; M]; R];
+        for r in 0..R {
+            for m in 0..M {
+                out[r][m] = sum(total[r][m].array());
+            }
+        }
+        out
     }
 }
 

@@ -245,8 +245,11 @@ mod x86 {
 /// Adds the lanes: halves, quarters, eighths, pairs.
 #[inline(always)]
 pub(crate) fn sum(v: [f32; LANES]) -> f32 {
-    let a: [f32; 8] = std::array::from_fn(|l| v[l] + v[l + 8]);
-    let b: [f32; 4] = std::array::from_fn(|l| a[l] + a[l + 4]);
+    let mut a = [0.0; 8];
+    for l in 0..8 {
+        a[l] = v[l] + v[l + 8];
+    }
+    let b = [a[0] + a[4], a[1] + a[5], a[2] + a[6], a[3] + a[7]];
     (b[0] + b[2]) + (b[1] + b[3])
 }
 
@@ -327,7 +330,8 @@ pub(crate) fn tail<T: Element>(slice: &[T], at: usize) -> [T; LANES] {
 }
 
 /// Defines a function whose body is compiled once per instruction set: `fn name(isa, args..)`.
-/// The body is generic over `L: Lanes`.
+/// The body is generic over `L: Lanes`. It must not touch vectors inside closures (`map`,
+/// `from_fn`): those are functions of their own, compiled for the base instruction set.
 macro_rules! kernel {
     (
         $(#[$doc:meta])*

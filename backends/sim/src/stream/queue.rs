@@ -53,6 +53,8 @@ struct Queue {
     now: u64,
     ends: Ends,
     waiters: Vec<Waiter>,
+    /// The lowest value that a host thread sleeps for.
+    host_waits_for: Option<u64>,
     /// Communicators that it has submitted collectives to.
     groups: Vec<Arc<Group>>,
 }
@@ -250,6 +252,7 @@ impl StreamShared {
                 now: 0,
                 ends: Ends::default(),
                 waiters: Vec::new(),
+                host_waits_for: None,
                 groups: Vec::new(),
             }),
             reached: AtomicU64::new(0),
@@ -550,8 +553,15 @@ impl StreamShared {
         } else {
             queue.waiters.extract_if(.., |w| w.value <= done.sequence).collect()
         };
+        // Waking the host for every command would cost more than the commands.
+        let wake_host = queue.host_waits_for.is_some_and(|value| value <= done.sequence);
+        if wake_host {
+            queue.host_waits_for = None;
+        }
         drop(queue);
-        self.changed.notify_all();
+        if wake_host {
+            self.changed.notify_all();
+        }
         if self.timed()
             && let Some(sink) = self.die().trace()
         {
@@ -681,6 +691,7 @@ impl StreamShared {
                     pending: Self::pending_text(&queue),
                 });
             }
+            queue.host_waits_for = Some(queue.host_waits_for.map_or(value, |v| v.min(value)));
             self.changed.wait_for(&mut queue, left);
         }
     }
