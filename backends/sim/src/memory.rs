@@ -11,6 +11,7 @@ use bytemuck::{Pod, Zeroable};
 use hal::hazard::AccessLog;
 use hal::op::Access;
 use hal::{BufferId, DeviceId, Operand, Tensor, TensorDesc};
+use memmap2::MmapMut;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::sync::Arc;
 
@@ -33,46 +34,70 @@ pub(crate) struct Memory {
     pub(crate) size: u64,
     pub(crate) accesses: Mutex<AccessLog>,
     /// Absent in a timing-only simulation.
-    lines: Option<RwLock<Lines>>,
+    storage: Option<RwLock<Storage>>,
 }
 
-struct Lines(Box<[Line]>);
+/// Zeroed bytes whose start is aligned for every dtype.
+enum Storage {
+    Heap(Box<[Line]>),
+    /// Large buffers get pages of their own, huge ones where the system has them: weights are read
+    /// end to end for every token, and with small pages address translation sets the pace.
+    Mapped(MmapMut),
+}
 
-impl std::fmt::Debug for Lines {
+/// From this size on a buffer gets pages of its own.
+const MAPPED: u64 = 4 << 20;
+
+impl std::fmt::Debug for Storage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} lines", self.0.len())
+        write!(f, "{} bytes", self.bytes().len())
     }
 }
 
-impl Lines {
+impl Storage {
+    fn new(size: u64) -> Option<Self> {
+        let bytes = usize::try_from(size).ok()?;
+        if size < MAPPED {
+            let lines = bytemuck::allocation::try_zeroed_slice_box(bytes.div_ceil(64)).ok()?;
+            return Some(Storage::Heap(lines));
+        }
+        let map = MmapMut::map_anon(bytes).ok()?;
+        // Advice that the system may not know, and then ignores.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Some(Storage::Mapped(map))
+    }
+
     fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
+        match self {
+            Storage::Heap(lines) => bytemuck::cast_slice(lines),
+            Storage::Mapped(map) => map,
+        }
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.0)
+        match self {
+            Storage::Heap(lines) => bytemuck::cast_slice_mut(lines),
+            Storage::Mapped(map) => map,
+        }
     }
 }
 
 impl Memory {
     /// Memory of `size` bytes; without storage if `with_values` is false.
     pub(crate) fn new(device: DeviceId, size: u64, with_values: bool) -> Option<Self> {
-        let lines = match with_values {
-            true => {
-                let count = usize::try_from(size.div_ceil(64)).ok()?;
-                let lines = bytemuck::allocation::try_zeroed_slice_box(count).ok()?;
-                Some(RwLock::new(Lines(lines)))
-            }
+        let storage = match with_values {
+            true => Some(RwLock::new(Storage::new(size)?)),
             false => None,
         };
         let accesses = Mutex::default();
-        Some(Memory { id: BufferId::next(), device, size, accesses, lines })
+        Some(Memory { id: BufferId::next(), device, size, accesses, storage })
     }
 
     /// Reads the bytes if no command holds them; `None` from `f`'s caller's view means try again.
     pub(crate) fn try_read<R>(&self, offset: u64, len: u64, f: impl FnOnce(&[u8]) -> R) -> Option<R> {
-        let Some(lines) = &self.lines else { return Some(f(&[])) };
-        let guard = lines.try_read()?;
+        let Some(storage) = &self.storage else { return Some(f(&[])) };
+        let guard = storage.try_read()?;
         Some(f(&guard.bytes()[range(offset, len)]))
     }
 
@@ -83,8 +108,8 @@ impl Memory {
         len: u64,
         f: impl FnOnce(&mut [u8]) -> R,
     ) -> Option<R> {
-        let Some(lines) = &self.lines else { return Some(f(&mut [])) };
-        let mut guard = lines.try_write()?;
+        let Some(storage) = &self.storage else { return Some(f(&mut [])) };
+        let mut guard = storage.try_write()?;
         Some(f(&mut guard.bytes_mut()[range(offset, len)]))
     }
 }
@@ -133,8 +158,8 @@ pub(crate) enum BorrowError {
 }
 
 enum Guard<'m> {
-    Read(RwLockReadGuard<'m, Lines>),
-    Write(RwLockWriteGuard<'m, Lines>),
+    Read(RwLockReadGuard<'m, Storage>),
+    Write(RwLockWriteGuard<'m, Storage>),
 }
 
 /// The locks of a command's buffers, each buffer once.
@@ -148,11 +173,11 @@ impl<'m> Guards<'m> {
             if guards.iter().any(|(id, _)| *id == span.memory.id) {
                 continue;
             }
-            let Some(lines) = &span.memory.lines else { continue };
+            let Some(storage) = &span.memory.storage else { continue };
             let written = spans.iter().any(|s| s.memory.id == span.memory.id && s.access.writes());
             let guard = match written {
-                true => Guard::Write(lines.try_write().ok_or(BorrowError::Busy)?),
-                false => Guard::Read(lines.try_read().ok_or(BorrowError::Busy)?),
+                true => Guard::Write(storage.try_write().ok_or(BorrowError::Busy)?),
+                false => Guard::Read(storage.try_read().ok_or(BorrowError::Busy)?),
             };
             guards.push((span.memory.id, guard));
         }
@@ -166,16 +191,16 @@ impl<'m> Guards<'m> {
         for (id, guard) in &mut self.0 {
             let of_buffer = |i: &usize| spans[*i].memory.id == *id;
             match guard {
-                Guard::Read(lines) => {
-                    let lines: &Lines = lines;
+                Guard::Read(storage) => {
+                    let storage: &Storage = storage;
                     for i in (0..spans.len()).filter(of_buffer) {
-                        slots[i] = Slot::Read(&lines.bytes()[range(spans[i].offset, spans[i].len)]);
+                        slots[i] = Slot::Read(&storage.bytes()[range(spans[i].offset, spans[i].len)]);
                     }
                 }
-                Guard::Write(lines) => {
+                Guard::Write(storage) => {
                     let mut order: Vec<usize> = (0..spans.len()).filter(of_buffer).collect();
                     order.sort_by_key(|&i| (spans[i].offset, spans[i].len, !spans[i].access.writes()));
-                    carve_written(lines.bytes_mut(), spans, &order, &mut slots)?;
+                    carve_written(storage.bytes_mut(), spans, &order, &mut slots)?;
                 }
             }
         }

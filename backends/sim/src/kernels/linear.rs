@@ -25,6 +25,9 @@ const DECODE_ONCE: usize = 2 * TOKENS;
 /// Multiply-adds from which on it pays to wake other threads: some 100 µs of one.
 const PARALLEL: usize = 1 << 20;
 
+/// Bytes that memory moves at once.
+const CACHE_LINE: usize = 64;
+
 /// What FP8 weights are loaded too small by; see [`Lanes::load_fp8`].
 const FP8_FACTOR: f32 = 256.0;
 
@@ -102,14 +105,22 @@ impl<'a, W: Element> Weight<'a, W> {
 }
 
 kernel! {
-    /// A tile of plain products.
+    /// A tile of plain products. `ahead` begins with the rows of the next tile.
     fn dense_tile<L, W: Element; const R, const M>(
         w: [&[W]; R],
         x: [&[f32]; M],
+        ahead: &[W],
     ) -> [[f32; M]; R] {
         let mut acc = [[L::splat(0.0); M]; R];
         let columns = x[0].len();
         for_vectors!(|i| in columns, {
+            if i % (CACHE_LINE / size_of::<W>()) == 0 {
+                for r in 0..R {
+                    if let Some(value) = ahead.get(r * columns + i) {
+                        L::prefetch(value);
+                    }
+                }
+            }
             let mut xs = [L::splat(0.0); M];
             for m in 0..M {
                 xs[m] = L::load(vector(x[m], i));
@@ -140,18 +151,28 @@ kernel! {
 
 kernel! {
     /// A tile of block-scaled products: each group of columns is summed by itself, then scaled and
-    /// added lane by lane.
+    /// added lane by lane. `ahead` begins with the rows of the next tile.
     fn scaled_tile<L, W: Element; const R, const M>(
         w: [&[W]; R],
         w_scales: [&[f32]; R],
         x: [&[f32]; M],
         x_scales: [&[f32]; M],
         grid: BlockGrid,
+        ahead: &[W],
     ) -> [[f32; M]; R] {
         let mut total = [[L::splat(0.0); M]; R];
         let columns = x[0].len();
         for group in 0..x_scales[0].len() {
             let range = grid.group_columns(group, columns);
+            for r in 0..R {
+                let mut line = range.start;
+                while line < range.end {
+                    if let Some(value) = ahead.get(r * columns + line) {
+                        L::prefetch(value);
+                    }
+                    line += CACHE_LINE / size_of::<W>();
+                }
+            }
             let (mut w, mut x) = (w, x);
             for r in 0..R {
                 w[r] = &w[r][range.start..range.end];
@@ -270,9 +291,10 @@ macro_rules! dense_product {
                 out: &mut [f32],
             ) {
                 let rows: [&[Self]; R] = std::array::from_fn(|r| w.row(n + r, x.columns));
+                let ahead = &w.values[(n + R) * x.columns..];
                 over_tokens!(tokens, out, R, |M, at| {
                     let x: [&[f32]; M] = std::array::from_fn(|m| x.row(at + m));
-                    dense_tile::<Self, R, M>(ctx.isa, rows, x)
+                    dense_tile::<Self, R, M>(ctx.isa, rows, x, ahead)
                 });
             }
         }
@@ -302,13 +324,15 @@ impl Product for u8 {
             over_tokens!(tokens, out, R, |M, at| {
                 let values: [&[f32]; M] = std::array::from_fn(|m| x.row(at + m));
                 let x_scales: [&[f32]; M] = std::array::from_fn(|m| x.row_scales(at + m));
-                scaled_tile::<f32, R, M>(ctx.isa, rows, scales, values, x_scales, grid)
+                scaled_tile::<f32, R, M>(ctx.isa, rows, scales, values, x_scales, grid, &[])
             });
         } else {
+            // The rows of the next block: short rows end before hardware has learned to fetch ahead.
+            let ahead = &w.values[(n + R) * x.columns..];
             over_tokens!(tokens, out, R, |M, at| {
                 let values: [&[f32]; M] = std::array::from_fn(|m| x.row(at + m));
                 let x_scales: [&[f32]; M] = std::array::from_fn(|m| x.row_scales(at + m));
-                scaled_tile::<u8, R, M>(ctx.isa, rows, scales, values, x_scales, grid)
+                scaled_tile::<u8, R, M>(ctx.isa, rows, scales, values, x_scales, grid, ahead)
             });
         }
         for (r, row) in rows.iter().enumerate() {

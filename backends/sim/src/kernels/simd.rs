@@ -71,6 +71,9 @@ pub(crate) trait Lanes: Copy {
     /// `self + a · b`, rounded once.
     fn fma(self, a: Self, b: Self) -> Self;
     fn array(self) -> [f32; LANES];
+    /// Asks for the cache line of a value that will be wanted soon.
+    #[inline(always)]
+    fn prefetch<T>(_value: &T) {}
 }
 
 impl Lanes for [f32; LANES] {
@@ -128,6 +131,12 @@ mod x86 {
     // loads read the 16 elements of the array reference they are given.
     impl Lanes for Avx512 {
         #[inline(always)]
+        fn prefetch<T>(value: &T) {
+            // SAFETY: a hint that reads nothing; SSE is part of x86-64.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(value).cast()) }
+        }
+
+        #[inline(always)]
         fn splat(value: f32) -> Self {
             // SAFETY: see above.
             unsafe { Avx512(_mm512_set1_ps(value)) }
@@ -180,6 +189,12 @@ mod x86 {
     pub(crate) struct Avx2(__m256, __m256);
 
     impl Lanes for Avx2 {
+        #[inline(always)]
+        fn prefetch<T>(value: &T) {
+            // SAFETY: a hint that reads nothing; SSE is part of x86-64.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(value).cast()) }
+        }
+
         #[inline(always)]
         fn splat(value: f32) -> Self {
             // SAFETY: see above.
