@@ -23,6 +23,11 @@ pub enum Form {
     Absorbed,
 }
 
+/// Epsilon of the norms of the query and key-value latents: 1e-6 whatever `rms_norm_eps` says, as in
+/// DeepSeek's reference (`RMSNorm`'s default) and in transformers. vLLM uses `rms_norm_eps`; the
+/// released models have 1e-6 there too.
+const LATENT_NORM_EPS: f32 = 1e-6;
+
 /// The sizes of a step. A graph is a function of these, the configuration and the policy; all else
 /// (lengths, positions, pages) is input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -151,14 +156,14 @@ impl<'c, 'w> Model<'c, 'w> {
     /// Multi-head latent attention (section 2.1.1 of the report).
     fn attention(&mut self, layer: usize, x: Slot) -> Slot {
         let c = self.c;
-        let (tokens, eps) = (self.shape.tokens, self.eps());
+        let tokens = self.shape.tokens;
         let (heads, rank, rope) = (c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim);
         let x = self.b.activations("attention", x);
         let q = match c.q_lora_rank {
             Some(_) => {
                 let latent = self.b.linear("q_a", &x, layer, Role::QA);
                 let weight = self.b.weight(layer, Role::QANorm);
-                let latent = self.b.norm("q_a norm", latent, weight, None, eps);
+                let latent = self.b.norm("q_a norm", latent, weight, None, LATENT_NORM_EPS);
                 let latent = self.b.activations("q_b", latent);
                 self.b.linear("q_b", &latent, layer, Role::QB)
             }
@@ -168,7 +173,8 @@ impl<'c, 'w> Model<'c, 'w> {
         let kv_a = self.b.linear("kv_a", &x, layer, Role::KvA);
         let weight = self.b.weight(layer, Role::KvANorm);
         // The rotary key is neither normed nor per head.
-        let latent = self.b.norm("kv_a norm", kv_a.columns(0, rank), weight, None, eps);
+        let latent = kv_a.columns(0, rank);
+        let latent = self.b.norm("kv_a norm", latent, weight, None, LATENT_NORM_EPS);
         let k_rope = kv_a.columns(rank, rope);
         let positions = self.b.input(Input::Positions, &[tokens]);
         let table = self.b.weight(0, Role::RopeTable);

@@ -10,32 +10,32 @@ use sim::{Machine, Mode, Options, System};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub fn tiny_dir() -> PathBuf {
+pub(crate) fn tiny_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tiny-dsv3")
 }
 
-pub fn device(threads: usize) -> Arc<dyn Device> {
+pub(crate) fn device(threads: usize) -> Arc<dyn Device> {
     let options = Options { mode: Mode::Full, threads: Some(threads) };
     System::new(Machine::named("va16").unwrap(), options).unwrap().open(DeviceId(0)).unwrap()
 }
 
-pub fn options(numerics: Numerics) -> EngineOptions {
+pub(crate) fn options(numerics: Numerics) -> EngineOptions {
     EngineOptions { numerics, max_model_len: 512, mtp: true, ..EngineOptions::default() }
 }
 
-pub fn engine(dir: &Path, options: EngineOptions) -> Engine {
+pub(crate) fn engine(dir: &Path, options: EngineOptions) -> Engine {
     let checkpoint = Checkpoint::open(dir).unwrap();
     Engine::load(device(2), &checkpoint, options, &mut |_| {}).unwrap()
 }
 
 /// A tensor of a fixture, as f32.
-pub fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
+pub(crate) fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
     let data = file.tensor(name).unwrap().data().to_vec();
     data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }
 
 /// A tensor of token ids: I32 or I64.
-pub fn ids(file: &SafeTensors<'_>, name: &str) -> Vec<u32> {
+pub(crate) fn ids(file: &SafeTensors<'_>, name: &str) -> Vec<u32> {
     let tensor = file.tensor(name).unwrap();
     match tensor.dtype() {
         safetensors::Dtype::I64 => {
@@ -45,7 +45,7 @@ pub fn ids(file: &SafeTensors<'_>, name: &str) -> Vec<u32> {
     }
 }
 
-pub fn max_difference(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn max_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     // A NaN on either side must not pass for agreement.
     a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, |m, d| if d > m || d.is_nan() { d } else { m })

@@ -1,1 +1,76 @@
-fn main() {}
+//! Everything that continuous integration runs, as commands that anyone can run: `cargo xtask`.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool prints")]
+
+mod licences;
+mod rules;
+
+use anyhow::{Context, ensure};
+use clap::{Parser, Subcommand};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+/// Checks and chores of this repository.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Everything that continuous integration checks.
+    Ci {
+        /// Leave the tests out, where they have just run.
+        #[arg(long)]
+        skip_tests: bool,
+    },
+    /// Licences of all dependencies against deny.toml, offline; cargo-deny too where installed.
+    Licences,
+    /// The architecture's rules that can be read off the sources.
+    Rules,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Ci { skip_tests } => ci(skip_tests),
+        Task::Licences => licences::check(&root()),
+        Task::Rules => rules::check(&root()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+fn ci(skip_tests: bool) -> anyhow::Result<()> {
+    cargo(&["fmt", "--all", "--check"], &[])?;
+    rules::check(&root())?;
+    licences::check(&root())?;
+    cargo(&["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"], &[])?;
+    let docs = ["doc", "--workspace", "--no-deps", "--document-private-items", "--locked"];
+    cargo(&docs, &[("RUSTDOCFLAGS", "-D warnings")])?;
+    if !skip_tests {
+        cargo(&["test", "--workspace", "--locked"], &[])?;
+    }
+    Ok(())
+}
+
+fn cargo(args: &[&str], env: &[(&str, &str)]) -> anyhow::Result<()> {
+    println!("$ cargo {}", args.join(" "));
+    let status = Command::new(env!("CARGO"))
+        .args(args)
+        .envs(env.iter().copied())
+        .current_dir(root())
+        .status()
+        .context("starting cargo")?;
+    ensure!(status.success(), "cargo {} failed", args[0]);
+    Ok(())
+}

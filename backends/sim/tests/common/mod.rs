@@ -6,18 +6,18 @@ use sim::{Machine, Mode, Options, System};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 
-pub fn system(mode: Mode, threads: usize) -> System {
+pub(crate) fn system(mode: Mode, threads: usize) -> System {
     let machine = Machine::named("va16").unwrap();
     System::new(machine, Options { mode, threads: Some(threads) }).unwrap()
 }
 
-pub fn die(system: &System, id: u32) -> Arc<dyn Device> {
+pub(crate) fn die(system: &System, id: u32) -> Arc<dyn Device> {
     system.open(DeviceId(id)).unwrap()
 }
 
-pub fn floats(stream: &dyn Stream, values: &[f32]) -> Tensor {
+pub(crate) fn floats(stream: &dyn Stream, values: &[f32]) -> Tensor {
     let desc = TensorDesc::new(DType::F32, &[values.len()]);
     let tensor = Tensor::new(stream.alloc(desc.bytes()).unwrap(), 0, desc);
     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
@@ -25,7 +25,7 @@ pub fn floats(stream: &dyn Stream, values: &[f32]) -> Tensor {
     tensor
 }
 
-pub fn read(stream: &dyn Stream, tensor: &Tensor) -> Vec<f32> {
+pub(crate) fn read(stream: &dyn Stream, tensor: &Tensor) -> Vec<f32> {
     let region = tensor.region();
     let mut bytes = vec![0; region.len as usize];
     stream.read(&region, &mut bytes, SOON).unwrap();
