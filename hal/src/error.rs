@@ -145,12 +145,7 @@ impl fmt::Display for Failure {
         write!(
             f,
             "{} {:?} (command {} of stream {:?} on {}) failed: {}",
-            self.op,
-            self.label,
-            self.sequence,
-            self.stream_label,
-            self.stream.device,
-            self.cause
+            self.op, self.label, self.sequence, self.stream_label, self.stream.device, self.cause
         )
     }
 }

@@ -71,9 +71,8 @@ impl FromStr for FaultRule {
         for pair in text.split(',') {
             let (key, value) =
                 pair.split_once('=').ok_or_else(|| error(format!("{pair:?} is no KEY=VALUE")))?;
-            let number = || {
-                value.parse::<u64>().map_err(|_| error(format!("{key} {value:?} is no number")))
-            };
+            let number =
+                || value.parse::<u64>().map_err(|_| error(format!("{key} {value:?} is no number")));
             match key.trim() {
                 "device" => {
                     let id = u32::try_from(number()?)
@@ -162,7 +161,8 @@ mod tests {
 
     #[test]
     fn rules_read_from_text() {
-        let rule: FaultRule = "device=3,op=linear,label=layer 4,nth=5,action=fail:bad".parse().unwrap();
+        let rule: FaultRule =
+            "device=3,op=linear,label=layer 4,nth=5,action=fail:bad".parse().unwrap();
         assert_eq!(
             rule,
             FaultRule {

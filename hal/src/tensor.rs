@@ -94,7 +94,8 @@ impl TensorDesc {
         if self.elements() == 0 {
             return 0;
         }
-        let last: u64 = (0..self.rank()).map(|a| (self.dim(a) as u64 - 1) * self.stride(a) as u64).sum();
+        let last: u64 =
+            (0..self.rank()).map(|a| (self.dim(a) as u64 - 1) * self.stride(a) as u64).sum();
         (last + 1) * self.dtype.size() as u64
     }
 

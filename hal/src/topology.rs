@@ -126,7 +126,12 @@ mod tests {
     #[test]
     fn links_follow_placement() {
         let place = |i: u32| DiePlacement { host: i / 8, card: i / 4, die_on_card: i % 4 };
-        let link = |kind, gb: f64| Link { kind, bytes_per_second: gb * 1e9, latency_ps: 1, peer_copy: true };
+        let link = |kind, gb: f64| Link {
+            kind,
+            bytes_per_second: gb * 1e9,
+            latency_ps: 1,
+            peer_copy: true,
+        };
         let links = vec![link(LinkKind::OnCard, 50.0), link(LinkKind::InHost, 20.0)];
         let topology = Topology::new((0..16).map(place).collect(), links);
         let kind = |a, b| topology.link(DeviceId(a), DeviceId(b)).map(|l| l.kind);

@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 
 fn fixtures() -> Vec<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/shapes");
-    let mut all: Vec<PathBuf> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
+    let mut all: Vec<PathBuf> =
+        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
     all.sort();
     assert!(all.len() >= 15, "every shape of oracle/README.md is here");
     all
@@ -45,13 +46,19 @@ fn logits_agree_in_f32_whole_and_in_pieces() {
                 let tokens = ids(&file, &format!("token_ids.{i}"));
                 let (logits, mtp) = engine.all_logits(&tokens).unwrap();
                 let difference = max_difference(&logits, &floats(&file, &format!("logits.{i}")));
-                assert!(difference <= 1e-3, "{name}, pieces of {chunk}: logits.{i} differ by {difference}");
+                assert!(
+                    difference <= 1e-3,
+                    "{name}, pieces of {chunk}: logits.{i} differ by {difference}"
+                );
                 let expected = format!("mtp_logits.{i}");
                 let has_mtp = file.names().contains(&expected.as_str());
                 assert_eq!(mtp.is_some(), has_mtp, "{name}");
                 if let Some(mtp) = mtp {
                     let difference = max_difference(&mtp, &floats(&file, &expected));
-                    assert!(difference <= 1e-3, "{name}, pieces of {chunk}: {expected} differ by {difference}");
+                    assert!(
+                        difference <= 1e-3,
+                        "{name}, pieces of {chunk}: {expected} differ by {difference}"
+                    );
                     mtp_checked += 1;
                 }
             }

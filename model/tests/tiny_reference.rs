@@ -37,7 +37,10 @@ fn logits_and_mtp_logits_agree_in_f32() {
         let tokens = ids(&file, &format!("token_ids.{name}"));
         let (logits, mtp) = engine.all_logits(&tokens).unwrap();
         let mtp = mtp.expect("the checkpoint has an MTP layer");
-        assert_eq!((logits.len(), mtp.len()), (tokens.len() * vocabulary, (tokens.len() - 1) * vocabulary));
+        assert_eq!(
+            (logits.len(), mtp.len()),
+            (tokens.len() * vocabulary, (tokens.len() - 1) * vocabulary)
+        );
         for (kind, ours) in [("logits", logits), ("mtp_logits", mtp)] {
             let expected = floats(&file, &format!("{kind}.{name}"));
             // The long sequence keeps the last rows only.
@@ -50,7 +53,9 @@ fn logits_and_mtp_logits_agree_in_f32() {
 
 #[test]
 fn greedy_completions_agree() {
-    for (numerics, least_gap) in [(Numerics::F32, 0.01), (Numerics::Bf16, 0.5), (Numerics::Fp8, 0.5)] {
+    for (numerics, least_gap) in
+        [(Numerics::F32, 0.01), (Numerics::Bf16, 0.5), (Numerics::Fp8, 0.5)]
+    {
         let mut engine = engine(&tiny_dir(), options(numerics));
         let mut compared = 0;
         for completion in reference().completions {

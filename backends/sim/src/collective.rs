@@ -14,8 +14,7 @@ use exchange::{Part, Shape};
 use hal::op::Access;
 use hal::trace::CommandKind;
 use hal::{
-    Cause, Collective, CollectiveKind, Communicator, CommunicatorId, DeviceId, Error, Label,
-    Result,
+    Cause, Collective, CollectiveKind, Communicator, CommunicatorId, DeviceId, Error, Label, Result,
 };
 use parking_lot::Mutex;
 use std::any::Any;
@@ -81,7 +80,8 @@ impl Group {
     /// A rank joins.
     pub(crate) fn join(&self, device: DeviceId, rank: usize, size: usize) -> Result<()> {
         if size != self.size || rank >= size {
-            let problem = format!("rank {rank} of {size} cannot join a communicator of {}", self.size);
+            let problem =
+                format!("rank {rank} of {size} cannot join a communicator of {}", self.size);
             return Err(Error::usage(device, problem));
         }
         let mut state = self.state.lock();
@@ -172,15 +172,22 @@ impl Submission {
             let State { sends, receives, .. } = &mut *state;
             for part in self.parts.iter() {
                 let (mine, theirs, key, tensor) = match (&part.shape, &part.send, &part.recv) {
-                    (Shape::Send { peer }, Some(t), _) => (&mut *sends, &mut *receives, (self.rank, *peer), t),
-                    (Shape::Receive { peer }, _, Some(t)) => (&mut *receives, &mut *sends, (*peer, self.rank), t),
+                    (Shape::Send { peer }, Some(t), _) => {
+                        (&mut *sends, &mut *receives, (self.rank, *peer), t)
+                    }
+                    (Shape::Receive { peer }, _, Some(t)) => {
+                        (&mut *receives, &mut *sends, (*peer, self.rank), t)
+                    }
                     _ => continue,
                 };
                 let posted = Posted { tensor: tensor.clone(), batch: batch.clone() };
                 match theirs.get_mut(&key).and_then(VecDeque::pop_front) {
                     Some(other) => {
                         let send_first = matches!(part.shape, Shape::Send { .. });
-                        matched.push((key, if send_first { (posted, other) } else { (other, posted) }));
+                        matched.push((
+                            key,
+                            if send_first { (posted, other) } else { (other, posted) },
+                        ));
                     }
                     None => mine.entry(key).or_default().push_back(posted),
                 }
@@ -315,7 +322,10 @@ impl PeerBatch {
             && let Some(held) = self.held.lock().take()
         {
             let bound = hal::trace::Bound::Link;
-            held.complete(self.ready, Cost { picos: end - self.ready, operations: 0, bytes, bound });
+            held.complete(
+                self.ready,
+                Cost { picos: end - self.ready, operations: 0, bytes, bound },
+            );
         }
     }
 }
@@ -330,15 +340,26 @@ pub(crate) struct SimCommunicator {
 }
 
 impl SimCommunicator {
-    pub(crate) fn new(system: Arc<Shared>, group: Arc<Group>, device: DeviceId, rank: usize) -> Self {
+    pub(crate) fn new(
+        system: Arc<Shared>,
+        group: Arc<Group>,
+        device: DeviceId,
+        rank: usize,
+    ) -> Self {
         SimCommunicator { system, group, device, rank }
     }
 
-    pub(crate) fn check_device(&self, stream: DeviceId, kind: CommandKind, label: &Label) -> Result<()> {
+    pub(crate) fn check_device(
+        &self,
+        stream: DeviceId,
+        kind: CommandKind,
+        label: &Label,
+    ) -> Result<()> {
         if stream == self.device {
             return Ok(());
         }
-        let problem = format!("rank {} of the communicator is {}, not {stream}", self.rank, self.device);
+        let problem =
+            format!("rank {} of the communicator is {}, not {stream}", self.rank, self.device);
         Err(Error::misuse(stream, kind.name(), label, problem))
     }
 
@@ -363,7 +384,9 @@ impl SimCommunicator {
             .map_err(misuse)?;
         let peers = parts.iter().filter(|p| p.is_peer_to_peer()).count();
         if peers != 0 && peers != parts.len() {
-            return Err(misuse("a batch holds either group collectives or sends and receives".into()));
+            return Err(misuse(
+                "a batch holds either group collectives or sends and receives".into(),
+            ));
         }
         self.status()?;
         stream.takes_part_in(&self.group);

@@ -222,17 +222,20 @@ impl Machine {
     ///
     /// [`MachineError::Parse`] with line and field; [`MachineError::Impossible`].
     pub fn parse(text: &str, file: &str) -> Result<Machine, MachineError> {
-        let machine: Machine = toml::from_str(text).map_err(|e| MachineError::Parse {
-            file: file.to_string(),
-            problem: e.to_string(),
-        })?;
+        let machine: Machine = toml::from_str(text)
+            .map_err(|e| MachineError::Parse { file: file.to_string(), problem: e.to_string() })?;
         machine.check(file)?;
         Ok(machine)
     }
 
     fn check(&self, file: &str) -> Result<(), MachineError> {
         let impossible = |field: &str, value: f64, expected| {
-            Err(MachineError::Impossible { file: file.into(), field: field.into(), value, expected })
+            Err(MachineError::Impossible {
+                file: file.into(),
+                field: field.into(),
+                value,
+                expected,
+            })
         };
         let s = &self.system;
         for (field, count) in [

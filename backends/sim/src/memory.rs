@@ -95,7 +95,12 @@ impl Memory {
     }
 
     /// Reads the bytes if no command holds them; `None` from `f`'s caller's view means try again.
-    pub(crate) fn try_read<R>(&self, offset: u64, len: u64, f: impl FnOnce(&[u8]) -> R) -> Option<R> {
+    pub(crate) fn try_read<R>(
+        &self,
+        offset: u64,
+        len: u64,
+        f: impl FnOnce(&[u8]) -> R,
+    ) -> Option<R> {
         let Some(storage) = &self.storage else { return Some(f(&[])) };
         let guard = storage.try_read()?;
         Some(f(&guard.bytes()[range(offset, len)]))
@@ -194,12 +199,15 @@ impl<'m> Guards<'m> {
                 Guard::Read(storage) => {
                     let storage: &Storage = storage;
                     for i in (0..spans.len()).filter(of_buffer) {
-                        slots[i] = Slot::Read(&storage.bytes()[range(spans[i].offset, spans[i].len)]);
+                        slots[i] =
+                            Slot::Read(&storage.bytes()[range(spans[i].offset, spans[i].len)]);
                     }
                 }
                 Guard::Write(storage) => {
                     let mut order: Vec<usize> = (0..spans.len()).filter(of_buffer).collect();
-                    order.sort_by_key(|&i| (spans[i].offset, spans[i].len, !spans[i].access.writes()));
+                    order.sort_by_key(|&i| {
+                        (spans[i].offset, spans[i].len, !spans[i].access.writes())
+                    });
                     carve_written(storage.bytes_mut(), spans, &order, &mut slots)?;
                 }
             }
@@ -238,13 +246,15 @@ fn carve_written<'g>(
             None => {
                 let piece: &[u8] = piece;
                 for &i in group {
-                    slots[i] = Slot::Read(&piece[range(spans[i].offset - first.offset, spans[i].len)]);
+                    slots[i] =
+                        Slot::Read(&piece[range(spans[i].offset - first.offset, spans[i].len)]);
                 }
             }
             Some(writer) => {
                 let writer = group[writer];
                 for &i in group.iter().filter(|&&i| i != writer) {
-                    let same = spans[i].offset == spans[writer].offset && spans[i].len == spans[writer].len;
+                    let same = spans[i].offset == spans[writer].offset
+                        && spans[i].len == spans[writer].len;
                     if !same || spans[i].access.writes() {
                         return Err(BorrowError::Overlap(writer.min(i), writer.max(i)));
                     }

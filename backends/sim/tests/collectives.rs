@@ -5,7 +5,8 @@ mod common;
 use common::{SOON, die, floats, read, system};
 use hal::fault::FaultPlan;
 use hal::{
-    Collective, Communicator, DType, Device, Error, Label, Operand, PeerCounts, Reduction, Stream, Tensor,
+    Collective, Communicator, DType, Device, Error, Label, Operand, PeerCounts, Reduction, Stream,
+    Tensor,
 };
 use sim::{Mode, System};
 use std::sync::Arc;
@@ -67,7 +68,8 @@ fn all_reduce_in_place_and_not() {
                 .collect();
             for (rank, (send, recv)) in ranks.iter().zip(&tensors) {
                 let (send, recv) = (send.clone(), recv.clone());
-                rank.submit(&[Collective::AllReduce { send, recv, reduction: Reduction::Sum }]).unwrap();
+                rank.submit(&[Collective::AllReduce { send, recv, reduction: Reduction::Sum }])
+                    .unwrap();
             }
             let expected: Vec<f32> = (0..7).map(|i| (0..size).map(|r| value(r, i)).sum()).collect();
             for (rank, (_, recv)) in ranks.iter().zip(&tensors) {
@@ -95,7 +97,11 @@ fn gather_scatter_and_broadcast() {
             let word = rank.floats([if r == root { 42.0 } else { 0.0 }]);
             rank.submit(&[
                 Collective::AllGather { send: own, recv: gathered.clone() },
-                Collective::ReduceScatter { send: all, recv: part.clone(), reduction: Reduction::Max },
+                Collective::ReduceScatter {
+                    send: all,
+                    recv: part.clone(),
+                    reduction: Reduction::Max,
+                },
                 Collective::Broadcast { tensor: word.clone(), root },
             ])
             .unwrap();
@@ -119,7 +125,9 @@ fn all_to_all_with_counts_per_peer() {
         let count = |a: usize, b: usize| (a + b) % 3;
         let mut received = Vec::new();
         for (r, rank) in ranks.iter().enumerate() {
-            let send = rank.floats((0..size).flat_map(|b| (0..count(r, b)).map(move |i| value(r, 10 * b + i))));
+            let send = rank.floats(
+                (0..size).flat_map(|b| (0..count(r, b)).map(move |i| value(r, 10 * b + i))),
+            );
             let counts = PeerCounts {
                 send: (0..size).map(|b| count(r, b)).collect(),
                 recv: (0..size).map(|a| count(a, r)).collect(),
@@ -129,7 +137,8 @@ fn all_to_all_with_counts_per_peer() {
             let counts = Some(Arc::new(counts));
             let recv_part = recv.narrowed(0, 0, total);
             if send.desc().elements() > 0 && total > 0 || size > 1 {
-                rank.submit(&[Collective::AllToAll { send, recv: recv_part.clone(), counts }]).unwrap();
+                rank.submit(&[Collective::AllToAll { send, recv: recv_part.clone(), counts }])
+                    .unwrap();
             }
             received.push(recv_part);
         }
@@ -137,8 +146,9 @@ fn all_to_all_with_counts_per_peer() {
             continue;
         }
         for (r, (rank, recv)) in ranks.iter().zip(&received).enumerate() {
-            let expected: Vec<f32> =
-                (0..size).flat_map(|a| (0..count(a, r)).map(move |i| value(a, 10 * r + i))).collect();
+            let expected: Vec<f32> = (0..size)
+                .flat_map(|a| (0..count(a, r)).map(move |i| value(a, 10 * r + i)))
+                .collect();
             assert_eq!(rank.read(recv), expected, "rank {r} of {size}");
         }
     }
@@ -179,8 +189,12 @@ fn bf16_sums_are_rounded_once_in_rank_order() {
         let tensor = rank.stream.alloc_tensor(DType::Bf16, &[1]).unwrap();
         rank.stream.write(&tensor.region(), &bf16::from_f32(input).to_le_bytes()).unwrap();
         let both = (tensor.clone(), tensor.clone());
-        rank.submit(&[Collective::AllReduce { send: both.0, recv: both.1, reduction: Reduction::Sum }])
-            .unwrap();
+        rank.submit(&[Collective::AllReduce {
+            send: both.0,
+            recv: both.1,
+            reduction: Reduction::Sum,
+        }])
+        .unwrap();
         tensors.push(tensor);
     }
     for (rank, tensor) in ranks.iter().zip(&tensors) {
@@ -201,7 +215,8 @@ fn disagreement_is_reported_on_every_rank() {
         let t = rank.floats(vec![0.0; n]);
         Collective::AllReduce { send: t.clone(), recv: t, reduction: Reduction::Max }
     };
-    let broadcast: Batch = |rank, n| Collective::Broadcast { tensor: rank.floats(vec![0.0; n]), root: 0 };
+    let broadcast: Batch =
+        |rank, n| Collective::Broadcast { tensor: rank.floats(vec![0.0; n]), root: 0 };
     let send: Batch = |rank, n| Collective::Send { tensor: rank.floats(vec![0.0; n]), peer: 1 };
     let receive: Batch = |rank, n| Collective::Recv { tensor: rank.floats(vec![0.0; n]), peer: 0 };
     for (name, first, second) in [
@@ -220,7 +235,10 @@ fn disagreement_is_reported_on_every_rank() {
             let error = rank.stream.synchronize(SOON).unwrap_err();
             assert!(error.origin().is_some(), "{name}: {error}");
             let status = rank.communicator.status().unwrap_err().to_string();
-            assert!(error.to_string().contains("rank 0") && status == error.to_string(), "{name}: {error}");
+            assert!(
+                error.to_string().contains("rank 0") && status == error.to_string(),
+                "{name}: {error}"
+            );
         }
     }
 }
@@ -254,14 +272,18 @@ fn impossible_collectives_are_refused_at_once() {
 
 #[test]
 fn a_rank_that_fails_or_is_lost_releases_the_others() {
-    for (fault, lost) in [("device=1,op=all_reduce,action=fail:flaky link", false), ("device=1,op=all_reduce,action=lose", true)] {
+    for (fault, lost) in [
+        ("device=1,op=all_reduce,action=fail:flaky link", false),
+        ("device=1,op=all_reduce,action=lose", true),
+    ] {
         let system = system(Mode::Full, 2);
         let ranks = ranks(&system, 4);
         let plan = Arc::new(FaultPlan::new([fault.parse().unwrap()]));
         ranks.iter().for_each(|r| r.device.set_faults(Some(plan.clone())).unwrap());
         for rank in &ranks {
             let t = rank.floats([1.0]);
-            let batch = [Collective::AllReduce { send: t.clone(), recv: t, reduction: Reduction::Sum }];
+            let batch =
+                [Collective::AllReduce { send: t.clone(), recv: t, reduction: Reduction::Sum }];
             // A rank may already know of the failure when it submits.
             let _ = rank.submit(&batch);
         }
@@ -284,7 +306,12 @@ fn a_missing_rank_times_out_and_abort_releases_the_waiting() {
     let ranks = ranks(&system, 3);
     for rank in &ranks[..2] {
         let t = rank.floats([1.0]);
-        rank.submit(&[Collective::AllReduce { send: t.clone(), recv: t, reduction: Reduction::Sum }]).unwrap();
+        rank.submit(&[Collective::AllReduce {
+            send: t.clone(),
+            recv: t,
+            reduction: Reduction::Sum,
+        }])
+        .unwrap();
     }
     let error = ranks[0].stream.synchronize(Duration::from_millis(50)).unwrap_err().to_string();
     assert!(error.contains("all_reduce") && error.contains("waits for the other ranks"), "{error}");
@@ -307,7 +334,8 @@ fn time_waits_for_the_slowest_rank_and_does_not_depend_on_threads() {
             for (r, rank) in ranks.iter().enumerate() {
                 let t = rank.stream.alloc_tensor(DType::F32, &[1 << 12]).unwrap();
                 (0..=r).for_each(|_| rank.stream.fill(&t.region(), 0).unwrap());
-                let batch = [Collective::AllReduce { send: t.clone(), recv: t, reduction: Reduction::Sum }];
+                let batch =
+                    [Collective::AllReduce { send: t.clone(), recv: t, reduction: Reduction::Sum }];
                 rank.submit(&batch).unwrap();
             }
         }

@@ -82,7 +82,10 @@ fn memory_is_accounted_in_program_order() {
     let half = device.properties().memory_bytes / 2 + 1;
     let first = stream.alloc(half).unwrap();
     let refused = stream.alloc(half).unwrap_err();
-    assert!(matches!(refused, Error::OutOfMemory { requested, .. } if requested >= half), "{refused}");
+    assert!(
+        matches!(refused, Error::OutOfMemory { requested, .. } if requested >= half),
+        "{refused}"
+    );
     // The command holds the memory; dropping the handle frees it in stream order all the same.
     stream.fill(&first.whole(), 0).unwrap();
     drop(first);
@@ -102,7 +105,9 @@ fn a_failure_poisons_its_stream_and_flows_to_whoever_waits() {
     let (a, b) = (device.stream("a").unwrap(), device.stream("b").unwrap());
     let x = floats(&*a, &[1.0]);
     for label in ["first", "second", "third"] {
-        a.submit(&add(&x, &x, &x).label(label)).or_else(|e| e.origin().map(|_| ()).ok_or(e)).unwrap();
+        a.submit(&add(&x, &x, &x).label(label))
+            .or_else(|e| e.origin().map(|_| ()).ok_or(e))
+            .unwrap();
     }
     b.wait(&a.point()).unwrap();
     let error = b.synchronize(SOON).unwrap_err();
@@ -190,7 +195,9 @@ fn program(mode: Mode, threads: usize) -> Vec<Option<u64>> {
 fn simulated_time_depends_on_the_program_alone() {
     let reference = program(Mode::Full, 1);
     assert!(reference.iter().all(|t| t.is_some_and(|picos| picos > 0)), "{reference:?}");
-    for (mode, threads) in [(Mode::Full, 2), (Mode::Full, 8), (Mode::TimingOnly, 1), (Mode::TimingOnly, 3)] {
+    for (mode, threads) in
+        [(Mode::Full, 2), (Mode::Full, 8), (Mode::TimingOnly, 1), (Mode::TimingOnly, 3)]
+    {
         assert_eq!(program(mode, threads), reference, "{mode:?} on {threads} threads");
     }
     assert_eq!(program(Mode::FunctionalOnly, 2), [None; 3]);
@@ -216,7 +223,7 @@ fn views_outside_their_buffer_are_refused_before_anything_runs() {
     let misaligned = Tensor::new(x.buffer().clone(), 2, hal::TensorDesc::new(DType::F32, &[2]));
     for bad in [outside, misaligned] {
         let error = stream.submit(&add(&bad, &bad, &bad).into()).unwrap_err();
-        assert!(error.to_string().contains("leaves") , "{error}");
+        assert!(error.to_string().contains("leaves"), "{error}");
     }
     assert!(stream.fill(&hal::Region { len: 17, ..x.region() }, 0).is_err());
     stream.synchronize(SOON).unwrap();

@@ -122,27 +122,51 @@ pub type MaybeWrite<T> = Option<T>;
 pub type MaybeUpdate<T> = Option<T>;
 
 macro_rules! visit_operand {
-    (Read $e:expr, $name:expr, $f:ident) => { $f($name, Access::Read, &$e) };
-    (Write $e:expr, $name:expr, $f:ident) => { $f($name, Access::Write, &$e) };
-    (Update $e:expr, $name:expr, $f:ident) => { $f($name, Access::Update, &$e) };
+    (Read $e:expr, $name:expr, $f:ident) => {
+        $f($name, Access::Read, &$e)
+    };
+    (Write $e:expr, $name:expr, $f:ident) => {
+        $f($name, Access::Write, &$e)
+    };
+    (Update $e:expr, $name:expr, $f:ident) => {
+        $f($name, Access::Update, &$e)
+    };
     (MaybeRead $e:expr, $name:expr, $f:ident) => {
-        if let Some(operand) = &$e { $f($name, Access::Read, operand) }
+        if let Some(operand) = &$e {
+            $f($name, Access::Read, operand)
+        }
     };
     (MaybeUpdate $e:expr, $name:expr, $f:ident) => {
-        if let Some(operand) = &$e { $f($name, Access::Update, operand) }
+        if let Some(operand) = &$e {
+            $f($name, Access::Update, operand)
+        }
     };
     (MaybeWrite $e:expr, $name:expr, $f:ident) => {
-        if let Some(operand) = &$e { $f($name, Access::Write, operand) }
+        if let Some(operand) = &$e {
+            $f($name, Access::Write, operand)
+        }
     };
 }
 
 macro_rules! map_operand {
-    (Read $e:expr, $f:ident) => { $f(&$e)? };
-    (Write $e:expr, $f:ident) => { $f(&$e)? };
-    (Update $e:expr, $f:ident) => { $f(&$e)? };
-    (MaybeRead $e:expr, $f:ident) => { $e.as_ref().map(&mut *$f).transpose()? };
-    (MaybeUpdate $e:expr, $f:ident) => { $e.as_ref().map(&mut *$f).transpose()? };
-    (MaybeWrite $e:expr, $f:ident) => { $e.as_ref().map(&mut *$f).transpose()? };
+    (Read $e:expr, $f:ident) => {
+        $f(&$e)?
+    };
+    (Write $e:expr, $f:ident) => {
+        $f(&$e)?
+    };
+    (Update $e:expr, $f:ident) => {
+        $f(&$e)?
+    };
+    (MaybeRead $e:expr, $f:ident) => {
+        $e.as_ref().map(&mut *$f).transpose()?
+    };
+    (MaybeUpdate $e:expr, $f:ident) => {
+        $e.as_ref().map(&mut *$f).transpose()?
+    };
+    (MaybeWrite $e:expr, $f:ident) => {
+        $e.as_ref().map(&mut *$f).transpose()?
+    };
 }
 
 macro_rules! ops {

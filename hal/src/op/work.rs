@@ -37,7 +37,8 @@ impl Routing {
     /// independent: on average `E·(1 − (1 − k/E)^T)` experts have rows.
     pub fn uniform(tokens: usize, per_token: usize, experts: usize) -> Self {
         let share = per_token as f64 / experts.max(1) as f64;
-        let active = experts as f64 * (1.0 - (1.0 - share).powi(tokens.min(i32::MAX as usize) as i32));
+        let active =
+            experts as f64 * (1.0 - (1.0 - share).powi(tokens.min(i32::MAX as usize) as i32));
         Routing {
             rows: (tokens * per_token).min(u32::MAX as usize) as u32,
             active_experts: (active.round() as u32).max(1),
@@ -146,8 +147,8 @@ pub fn work(op: &Op<TensorDesc>, routing: Option<Routing>) -> Work {
         }
         Op::MoeCombine(o) => {
             work.vector_ops = 2 * elements(&o.rows) * last(&o.y);
-            work.read_bytes = elements(&o.rows) * (last(&o.y) * size(&o.y) + 8)
-                + o.base.map_or(0, |b| b.bytes());
+            work.read_bytes =
+                elements(&o.rows) * (last(&o.y) * size(&o.y) + 8) + o.base.map_or(0, |b| b.bytes());
         }
         Op::Add(o) => work.vector_ops = elements(&o.out),
         Op::Cast(o) => work.vector_ops = elements(&o.out),

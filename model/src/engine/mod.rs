@@ -77,7 +77,9 @@ pub enum EngineError {
     #[error("the prompt is empty; it needs at least one token")]
     EmptyPrompt,
     /// A token that the model does not have.
-    #[error("token id {id} at position {position} is out of range: the vocabulary has {vocabulary} ids")]
+    #[error(
+        "token id {id} at position {position} is out of range: the vocabulary has {vocabulary} ids"
+    )]
     TokenOutOfRange {
         /// The id.
         id: u32,

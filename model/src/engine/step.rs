@@ -111,7 +111,11 @@ impl Engine {
         }
         let vocabulary = self.config.vocab_size;
         if let Some(position) = tokens.iter().position(|&id| id as usize >= vocabulary) {
-            return Err(EngineError::TokenOutOfRange { id: tokens[position], position, vocabulary });
+            return Err(EngineError::TokenOutOfRange {
+                id: tokens[position],
+                position,
+                vocabulary,
+            });
         }
         if tokens.len() > self.options.max_model_len {
             return Err(EngineError::ContextFull {
@@ -179,7 +183,10 @@ impl Engine {
     /// # Errors
     ///
     /// As [`Engine::prefill`].
-    pub fn all_logits(&mut self, tokens: &[u32]) -> Result<(Vec<f32>, Option<Vec<f32>>), EngineError> {
+    pub fn all_logits(
+        &mut self,
+        tokens: &[u32],
+    ) -> Result<(Vec<f32>, Option<Vec<f32>>), EngineError> {
         self.check_prompt(tokens)?;
         let mut sequence = self.start();
         let mut mtp_sequence = self.start();
@@ -203,7 +210,9 @@ impl Engine {
             logits.extend(step.logits);
             // The module's token i is the model's token i + 1, so the last hidden state is left.
             let following = &tokens[at + 1..(end + 1).min(tokens.len())];
-            if let (Some(out), Some(hidden), false) = (&mut mtp_logits, hidden, following.is_empty()) {
+            if let (Some(out), Some(hidden), false) =
+                (&mut mtp_logits, hidden, following.is_empty())
+            {
                 let hidden = hidden.narrowed(0, 0, following.len());
                 // Its layer has pages of the same numbers.
                 mtp.share_pages(sequence);

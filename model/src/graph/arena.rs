@@ -89,8 +89,11 @@ impl Gaps {
 
     /// The smallest gap that is large enough.
     fn take(&mut self, size: u64) -> Option<u64> {
-        let (&offset, &len) =
-            self.0.iter().filter(|(_, len)| **len >= size).min_by_key(|(offset, len)| (**len, **offset))?;
+        let (&offset, &len) = self
+            .0
+            .iter()
+            .filter(|(_, len)| **len >= size)
+            .min_by_key(|(offset, len)| (**len, **offset))?;
         self.0.remove(&offset);
         if len > size {
             self.0.insert(offset + size, len - size);

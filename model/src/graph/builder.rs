@@ -130,7 +130,14 @@ impl<'w> Builder<'w> {
         self.graph.nodes.push(Node { op, label: format!("{}{name}", self.scope).into() });
     }
 
-    pub(super) fn norm(&mut self, name: &str, x: Slot, weight: Slot, residual: Option<Slot>, eps: f32) -> Slot {
+    pub(super) fn norm(
+        &mut self,
+        name: &str,
+        x: Slot,
+        weight: Slot,
+        residual: Option<Slot>,
+        eps: f32,
+    ) -> Slot {
         let out = self.scratch(name, &[x.desc().dim(0), x.desc().dim(1)]);
         self.norm_into(name, x, weight, residual, eps, out);
         out
@@ -193,7 +200,10 @@ impl<'w> Builder<'w> {
         let (w, w_scales, grid) = self.weight_and_scales(layer, role);
         let out = self.scratch(name, &[x.plain.desc().dim(0), w.desc().dim(1)]);
         let (x, x_scales) = x.operand(w.desc().dtype());
-        self.push(name, op::GroupedLinear { x, x_scales, w, w_scales, offsets, out, grid, routing });
+        self.push(
+            name,
+            op::GroupedLinear { x, x_scales, w, w_scales, offsets, out, grid, routing },
+        );
         out
     }
 }

@@ -263,7 +263,14 @@ impl<'c, 'w> Model<'c, 'w> {
     }
 
     /// SwiGLU: `down(silu(gate(x)) · up(x))`.
-    fn mlp(&mut self, name: &str, layer: usize, x: &Activations, gate_up: Role, down: Role) -> Slot {
+    fn mlp(
+        &mut self,
+        name: &str,
+        layer: usize,
+        x: &Activations,
+        gate_up: Role,
+        down: Role,
+    ) -> Slot {
         let both = self.b.linear(&format!("{name} gate_up"), x, layer, gate_up);
         let inner = self.swiglu(name, both);
         let inner = self.b.activations(&format!("{name} down"), inner);
@@ -309,9 +316,8 @@ impl<'c, 'w> Model<'c, 'w> {
         let expert_weight = self.b.weight(layer, Role::ExpertsGateUp).desc().dtype();
         let (x_in, x_scales) = x.operand(expert_weight);
         let out = self.b.scratch_of("permuted", x_in.desc().dtype(), &[copies, h]);
-        let out_scales = x_scales.map(|s| {
-            self.b.scratch_of("permuted scales", DType::F32, &[copies, s.desc().dim(1)])
-        });
+        let out_scales = x_scales
+            .map(|s| self.b.scratch_of("permuted scales", DType::F32, &[copies, s.desc().dim(1)]));
         self.b.push(
             "permute",
             op::MoePermute {
@@ -371,7 +377,8 @@ impl<'c, 'w> Model<'c, 'w> {
             let out = self.b.scratch("wanted", &[logit_rows, self.c.hidden_size]);
             let total_rows = tokens as u32;
             let name = format!("{prefix}select rows");
-            self.b.push(&name, op::GatherRows { table: hidden, rows, out, first_row: 0, total_rows });
+            self.b
+                .push(&name, op::GatherRows { table: hidden, rows, out, first_row: 0, total_rows });
             out
         };
         let logits = self.b.output(Output::Logits, DType::F32, &[logit_rows, self.c.vocab_size]);

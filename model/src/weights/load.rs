@@ -170,7 +170,13 @@ impl Loader<'_> {
     }
 
     /// A staging buffer with these bytes; freed when the conversion has run.
-    fn stage(&mut self, name: &str, dtype: DType, shape: &[usize], data: &[u8]) -> Result<Tensor, LoadError> {
+    fn stage(
+        &mut self,
+        name: &str,
+        dtype: DType,
+        shape: &[usize],
+        data: &[u8],
+    ) -> Result<Tensor, LoadError> {
         self.staged += data.len() as u64;
         if self.staged > STAGING {
             self.stream.synchronize(TIMEOUT).map_err(|e| wrap(name, e))?;

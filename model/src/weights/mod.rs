@@ -120,7 +120,11 @@ impl Planner<'_> {
     fn model(&mut self) {
         let c = self.config;
         let top = |role| WeightKey { layer: 0, role };
-        self.dense(top(Role::Embedding), &[c.vocab_size, c.hidden_size], "model.embed_tokens.weight");
+        self.dense(
+            top(Role::Embedding),
+            &[c.vocab_size, c.hidden_size],
+            "model.embed_tokens.weight",
+        );
         self.dense(top(Role::FinalNorm), &[c.hidden_size], "model.norm.weight");
         self.dense(top(Role::Head), &[c.vocab_size, c.hidden_size], "lm_head.weight");
         self.specs.push(WeightSpec {
@@ -193,7 +197,8 @@ impl Planner<'_> {
             expert: e,
             row,
         };
-        let gate_up = (0..experts).flat_map(|e| [piece(e, "gate", 0), piece(e, "up", inner)]).collect();
+        let gate_up =
+            (0..experts).flat_map(|e| [piece(e, "gate", 0), piece(e, "up", inner)]).collect();
         let down = (0..experts).map(|e| piece(e, "down", 0)).collect();
         self.stacked(at(Role::ExpertsGateUp), [experts, 2 * inner, h], 2, gate_up);
         self.stacked(at(Role::ExpertsDown), [experts, h, inner], 1, down);
@@ -225,10 +230,23 @@ impl Planner<'_> {
     }
 
     fn linear(&mut self, key: WeightKey, rows: usize, columns: usize, name: &str) {
-        self.matrix(key, rows, columns, 1, vec![Piece { name: name.to_string(), expert: 0, row: 0 }]);
+        self.matrix(
+            key,
+            rows,
+            columns,
+            1,
+            vec![Piece { name: name.to_string(), expert: 0, row: 0 }],
+        );
     }
 
-    fn matrix(&mut self, key: WeightKey, rows: usize, columns: usize, segments: u32, pieces: Vec<Piece>) {
+    fn matrix(
+        &mut self,
+        key: WeightKey,
+        rows: usize,
+        columns: usize,
+        segments: u32,
+        pieces: Vec<Piece>,
+    ) {
         let grid = BlockGrid { segments, ..BlockGrid::default() };
         let (dtype, scales) = match self.quantized() {
             true => {
@@ -260,7 +278,13 @@ impl Planner<'_> {
         }
     }
 
-    fn push(&mut self, key: WeightKey, desc: TensorDesc, scales: Option<TensorDesc>, pieces: Vec<Piece>) {
+    fn push(
+        &mut self,
+        key: WeightKey,
+        desc: TensorDesc,
+        scales: Option<TensorDesc>,
+        pieces: Vec<Piece>,
+    ) {
         self.specs.push(WeightSpec { key, desc, scales, grid: BlockGrid::default(), pieces });
     }
 }

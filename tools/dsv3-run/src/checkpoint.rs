@@ -15,10 +15,14 @@ use std::path::Path;
 pub(crate) fn run(command: &CheckpointCommand) -> anyhow::Result<()> {
     match command {
         CheckpointCommand::Inspect { dir: Some(dir), json, .. } => inspect_dir(dir, *json),
-        CheckpointCommand::Inspect { config: Some(config), json, .. } => describe_config(config, *json),
+        CheckpointCommand::Inspect { config: Some(config), json, .. } => {
+            describe_config(config, *json)
+        }
         // clap asks for one of the two.
         CheckpointCommand::Inspect { .. } => Ok(()),
-        CheckpointCommand::Synth { config, out, seed, shard_mib } => synth(config, out, *seed, *shard_mib),
+        CheckpointCommand::Synth { config, out, seed, shard_mib } => {
+            synth(config, out, *seed, *shard_mib)
+        }
     }
 }
 
@@ -44,7 +48,11 @@ fn inspect_dir(dir: &Path, json: bool) -> anyhow::Result<()> {
     } else {
         write!(out, "{}", table(&report)?)?;
     }
-    anyhow::ensure!(report.is_clean(), "{}: the checkpoint does not match its config", dir.display());
+    anyhow::ensure!(
+        report.is_clean(),
+        "{}: the checkpoint does not match its config",
+        dir.display()
+    );
     Ok(())
 }
 
@@ -78,7 +86,13 @@ fn table(report: &Inspection) -> Result<String, std::fmt::Error> {
     let shown = 8;
     writeln!(text, "  {} file(s)", report.files.len())?;
     for file in report.files.iter().take(shown) {
-        writeln!(text, "    {:<40} {:>6} tensors {:>10}", file.file, file.tensors, bytes(file.bytes))?;
+        writeln!(
+            text,
+            "    {:<40} {:>6} tensors {:>10}",
+            file.file,
+            file.tensors,
+            bytes(file.bytes)
+        )?;
     }
     if report.files.len() > shown {
         writeln!(text, "    and {} more", report.files.len() - shown)?;
@@ -94,7 +108,10 @@ fn table(report: &Inspection) -> Result<String, std::fmt::Error> {
         writeln!(text, "  note: {note}")?;
     }
     if report.is_clean() {
-        writeln!(text, "  complete: every tensor of the configuration is there, in shape and dtype")?;
+        writeln!(
+            text,
+            "  complete: every tensor of the configuration is there, in shape and dtype"
+        )?;
     }
     Ok(text)
 }
@@ -110,7 +127,12 @@ fn words(state: MtpState) -> &'static str {
 
 fn footprint(text: &mut String, what: &str, f: &Footprint) -> std::fmt::Result {
     let parameters = count(f.parameters as f64);
-    writeln!(text, "  {what:<12} {:>7} tensors {parameters:>8} parameters {:>10}", f.tensors, bytes(f.bytes))
+    writeln!(
+        text,
+        "  {what:<12} {:>7} tensors {parameters:>8} parameters {:>10}",
+        f.tensors,
+        bytes(f.bytes)
+    )
 }
 
 fn dtypes(text: &mut String, tallies: &[DtypeTally]) -> std::fmt::Result {

@@ -225,7 +225,9 @@ fn parse_ids(text: &str) -> Result<TokenIds, String> {
         return Ok(TokenIds(Vec::new()));
     }
     let id = |part: &str| {
-        part.trim().parse().map_err(|_| format!("{part:?} is no token id; expected e.g. 0,1022,267"))
+        part.trim()
+            .parse()
+            .map_err(|_| format!("{part:?} is no token id; expected e.g. 0,1022,267"))
     };
     text.split(',').map(id).collect::<Result<_, _>>().map(TokenIds)
 }

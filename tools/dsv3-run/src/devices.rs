@@ -58,6 +58,10 @@ pub(crate) fn run(args: &DevicesArgs) -> anyhow::Result<()> {
         writeln!(out, "{name:<24} {:>9}  {:<10} {source}", c.value, c.provenance.to_string())?;
     }
     let assumed = machine.assumed().len();
-    writeln!(out, "\n{assumed} of {} constants are assumed: times on this machine rest on them.", constants.len())?;
+    writeln!(
+        out,
+        "\n{assumed} of {} constants are assumed: times on this machine rest on them.",
+        constants.len()
+    )?;
     Ok(())
 }

@@ -26,7 +26,8 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let mut questions = questions(args)?;
     questions.truncate(args.limit.unwrap_or(usize::MAX));
     let source = Source::open(&args.model)?;
-    let prompts = questions.iter().map(|q| source.chat(&q.question)).collect::<Result<Vec<_>, _>>()?;
+    let prompts =
+        questions.iter().map(|q| source.chat(&q.question)).collect::<Result<Vec<_>, _>>()?;
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(1);
     let running = system::open(&args.model.system)?;
     let mut engine = source.engine(&args.model, &running, longest + args.max_tokens, false)?;
@@ -69,12 +70,20 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         return Ok(writeln!(out, "{report:#}")?);
     }
     for w in &wrong {
-        writeln!(out, "{}\n  expected {}\n  answer   {}", w["question"], w["expected"], w["answer"])?;
+        writeln!(
+            out,
+            "{}\n  expected {}\n  answer   {}",
+            w["question"], w["expected"], w["answer"]
+        )?;
     }
     let wall = seconds(began.elapsed().as_secs_f64());
     let numerics = args.model.numerics;
     let total = questions.len();
-    writeln!(out, "{numerics}: {exact} of {total} exact ({:.2}%), {tokens} tokens in {wall}", 100.0 * accuracy)?;
+    writeln!(
+        out,
+        "{numerics}: {exact} of {total} exact ({:.2}%), {tokens} tokens in {wall}",
+        100.0 * accuracy
+    )?;
     Ok(())
 }
 

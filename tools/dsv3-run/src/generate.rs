@@ -34,6 +34,7 @@ struct Report<'a> {
     memory: model::engine::MemoryPlan,
     load_seconds: f64,
     run_seconds: f64,
+    decode_seconds: f64,
     first_token_seconds: Option<f64>,
 }
 
@@ -67,13 +68,17 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         announce(args, &source, &prompt)?;
     }
     let started = Instant::now();
-    let mut first_token = None;
+    let (mut first_token, mut decode_began) = (None, Instant::now());
     let mut printer = Printer::new(&source, !to_stdout);
     let generation = engine.generate(&prompt, &options, &mut |token| {
-        first_token.get_or_insert_with(|| began.elapsed().as_secs_f64());
+        if first_token.is_none() {
+            first_token = Some(began.elapsed().as_secs_f64());
+            decode_began = Instant::now();
+        }
         printer.token(token);
     })?;
     let run_seconds = started.elapsed().as_secs_f64();
+    let decode_seconds = decode_began.elapsed().as_secs_f64();
     let text = printer.finish()?;
     let memory = engine.memory();
     release(engine, &running)?;
@@ -90,6 +95,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         memory,
         load_seconds,
         run_seconds,
+        decode_seconds,
         first_token_seconds: first_token,
     };
     match args.json.as_deref() {
@@ -202,6 +208,7 @@ impl Report<'_> {
                 "load_s": self.load_seconds,
                 "first_token_s": self.first_token_seconds,
                 "run_s": self.run_seconds,
+                "decode_tokens_per_s": self.decoded() as f64 / self.decode_seconds,
                 "tokens_per_s": self.generation.token_ids.len() as f64 / self.run_seconds,
             },
             "memory": {
@@ -248,12 +255,18 @@ impl Report<'_> {
     }
 
     fn timing_table(&self, timing: Timing, out: &mut String) {
-        let heading = format!("{} time, one die of {}, {}:", timing.clock, self.machine, self.args.model.numerics);
+        let heading = format!(
+            "{} time, one die of {}, {}:",
+            timing.clock, self.machine, self.args.model.numerics
+        );
         out.push_str(&bold(&heading));
         out.push('\n');
         let mut row = |what: &str, tokens: usize, ps: u64| {
             let rate = rate(tokens, ps).map_or("-".to_string(), count);
-            out.push_str(&format!("  {what:<8} {tokens:>6} tokens {:>10} {rate:>9} tokens/s\n", picos(ps)));
+            out.push_str(&format!(
+                "  {what:<8} {tokens:>6} tokens {:>10} {rate:>9} tokens/s\n",
+                picos(ps)
+            ));
         };
         row("prefill", self.prompt.len(), timing.prefill_ps);
         row("decode", self.decoded(), timing.decode_ps);

@@ -29,7 +29,8 @@ pub(crate) fn run(args: &LogitsArgs) -> anyhow::Result<()> {
     let shapes: Vec<String> =
         views.iter().map(|(name, view)| format!("{name} {:?}", view.shape())).collect();
     write_whole(&args.out, &safetensors::serialize(views, None).context("encoding the logits")?)?;
-    let summary = format!("{} in {}: wrote {}", shapes.join(", "), args.model.numerics, args.out.display());
+    let summary =
+        format!("{} in {}: wrote {}", shapes.join(", "), args.model.numerics, args.out.display());
     writeln!(std::io::stderr(), "{summary}")?;
     Ok(())
 }

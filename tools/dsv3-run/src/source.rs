@@ -68,7 +68,8 @@ impl Source {
         let jinja = self.checkpoint.aux_file("chat_template.jinja")?;
         let jinja = jinja.as_deref().map(std::str::from_utf8).transpose();
         let jinja = jinja.context("chat_template.jinja is not UTF-8")?;
-        let template = ChatTemplate::from_config(if config.is_empty() { b"{}" } else { &config }, jinja)?;
+        let template =
+            ChatTemplate::from_config(if config.is_empty() { b"{}" } else { &config }, jinja)?;
         let text = template.render(&[Message::user(message)], &RenderOptions::default())?;
         Ok(tokenizer.encode(&text, AddBos::Never)?)
     }

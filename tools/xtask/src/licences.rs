@@ -48,9 +48,9 @@ fn allowed(deny_toml: &str) -> Vec<String> {
 /// Whether an SPDX expression can be satisfied: one alternative of every `OR`, all of an `AND`.
 fn is_allowed(expression: &str, allowed: &[String]) -> bool {
     let expression = expression.replace('/', " OR ").replace(['(', ')'], " ");
-    expression.split(" AND ").all(|part| {
-        part.split(" OR ").any(|licence| allowed.iter().any(|a| a == licence.trim()))
-    })
+    expression
+        .split(" AND ")
+        .all(|part| part.split(" OR ").any(|licence| allowed.iter().any(|a| a == licence.trim())))
 }
 
 #[cfg(test)]

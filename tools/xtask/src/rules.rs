@@ -13,11 +13,8 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
 
 /// Where `unsafe` may stand: SIMD kernels, the one call that maps a file, and tests that need an
 /// allocator of their own.
-const UNSAFE: &[&str] = &[
-    "backends/sim/src/kernels/simd.rs",
-    "model/src/checkpoint/map.rs",
-    "hal/tests/no_alloc.rs",
-];
+const UNSAFE: &[&str] =
+    &["backends/sim/src/kernels/simd.rs", "model/src/checkpoint/map.rs", "hal/tests/no_alloc.rs"];
 
 /// Checks the rules, and names every place that breaks one.
 pub(crate) fn check(root: &Path) -> anyhow::Result<()> {
@@ -43,7 +40,10 @@ pub(crate) fn check(root: &Path) -> anyhow::Result<()> {
                 l.contains("unsafe {") || l.contains("unsafe fn") || l.contains("unsafe impl")
             });
             // This file spells the words out.
-            if uses_unsafe && !UNSAFE.contains(&name.as_str()) && !name.ends_with("xtask/src/rules.rs") {
+            if uses_unsafe
+                && !UNSAFE.contains(&name.as_str())
+                && !name.ends_with("xtask/src/rules.rs")
+            {
                 broken.push(format!("{name} has unsafe code; it belongs in {}", UNSAFE.join(", ")));
             }
         }

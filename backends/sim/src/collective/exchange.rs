@@ -2,9 +2,9 @@
 
 use super::span;
 use crate::memory::{BorrowError, Guards, SimTensor, Slot};
-use half::bf16;
 use hal::op::Access;
 use hal::{Collective, CollectiveKind, DType, PeerCounts, Reduction};
+use half::bf16;
 use std::sync::Arc;
 
 /// One rank's part of one collective.
@@ -63,7 +63,9 @@ impl Part {
                     within("send counts", counts.send.iter().sum(), sends)?;
                     within("recv counts", counts.recv.iter().sum(), receives)?;
                 } else if sends % size != 0 || receives != sends {
-                    return Err(format!("{sends} and {receives} elements are not {size} equal parts"));
+                    return Err(format!(
+                        "{sends} and {receives} elements are not {size} equal parts"
+                    ));
                 }
                 Shape::Exchange(counts.clone())
             }
@@ -154,14 +156,29 @@ pub(crate) fn check(ranks: &[&[Part]]) -> Result<(), String> {
                 (Shape::Exchange(_), Shape::Exchange(_)) => true,
                 (a, b) => a == b,
             };
-            let elements = |p: &Part| p.send.as_ref().or(p.recv.as_ref()).map(|t| t.desc.elements());
+            let elements =
+                |p: &Part| p.send.as_ref().or(p.recv.as_ref()).map(|t| t.desc.elements());
             let same_size =
                 matches!(mine.shape, Shape::Exchange(_)) || elements(mine) == elements(theirs);
-            if mine.kind != theirs.kind || !same_shape || !same_size || mine.dtype() != theirs.dtype() {
+            if mine.kind != theirs.kind
+                || !same_shape
+                || !same_size
+                || mine.dtype() != theirs.dtype()
+            {
                 let tell = |p: &Part| {
-                    format!("{} of {:?} {} ({:?})", p.kind.name(), elements(p).unwrap_or(0), p.dtype(), p.shape)
+                    format!(
+                        "{} of {:?} {} ({:?})",
+                        p.kind.name(),
+                        elements(p).unwrap_or(0),
+                        p.dtype(),
+                        p.shape
+                    )
                 };
-                return Err(format!("number {i} is {} on rank 0 and {} on rank {r}", tell(theirs), tell(mine)));
+                return Err(format!(
+                    "number {i} is {} on rank 0 and {} on rank {r}",
+                    tell(theirs),
+                    tell(mine)
+                ));
             }
         }
     }
@@ -253,7 +270,9 @@ fn output(parts: &[&Part], inputs: &[Vec<u8>], rank: usize) -> Vec<u8> {
             let mut out = Vec::new();
             for (part, input) in parts.iter().zip(inputs) {
                 let (start, len) = match &part.shape {
-                    Shape::Exchange(Some(c)) => (c.send[..rank].iter().sum::<usize>(), c.send[rank]),
+                    Shape::Exchange(Some(c)) => {
+                        (c.send[..rank].iter().sum::<usize>(), c.send[rank])
+                    }
                     _ => {
                         let each = input.len() / dtype.size() / size;
                         (rank * each, each)

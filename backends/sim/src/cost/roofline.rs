@@ -84,7 +84,11 @@ impl CostModel for Roofline {
     ) -> Cost {
         let n = ranks.len() as f64;
         let Some(link) = topology.widest(ranks) else {
-            return self.cost(&[(Bound::Memory, bytes as f64 / self.machine.memory_rate())], 0, bytes);
+            return self.cost(
+                &[(Bound::Memory, bytes as f64 / self.machine.memory_rate())],
+                0,
+                bytes,
+            );
         };
         let (rate, latency) = (link.bytes_per_second, link.latency_ps as f64 * 1e-12);
         let whole = bytes as f64 / rate;
@@ -99,7 +103,9 @@ impl CostModel for Roofline {
                 let direct = (n - 1.0) * whole + latency;
                 ring.min(doubling).min(direct)
             }
-            CollectiveKind::AllGather | CollectiveKind::ReduceScatter | CollectiveKind::AllToAll => {
+            CollectiveKind::AllGather
+            | CollectiveKind::ReduceScatter
+            | CollectiveKind::AllToAll => {
                 let ring = share + (n - 1.0) * latency;
                 let doubling = match kind {
                     CollectiveKind::AllToAll => doublings * (whole / 2.0 + latency),
@@ -167,7 +173,8 @@ mod tests {
         let (model, topology) = (Roofline::new(&machine), machine.topology());
         let ranks: Vec<_> = (0..32).map(DeviceId).collect();
         let time = |bytes| {
-            model.collective(CollectiveKind::AllReduce, bytes, &ranks, &topology).picos - model.launch
+            model.collective(CollectiveKind::AllReduce, bytes, &ranks, &topology).picos
+                - model.launch
         };
         let link = topology.widest(&ranks).unwrap();
         let ring_floor = 2.0 * 31.0 / 32.0 * 1e9 / link.bytes_per_second * 1e12;

@@ -8,40 +8,53 @@ use super::cache::{check_pages, check_starts};
 use super::number::{Float, exp};
 use super::simd::{Element, LANES, for_vectors, kernel, sum, tail, vector};
 use super::{Arg, Args, Context};
-use half::bf16;
 use hal::DType;
 use hal::op::{MlaDecode, MlaPrefill};
+use half::bf16;
 
 /// Keys whose scores are formed together.
 const KEYS: usize = 4;
 
+/// Vectors of the output that are summed together.
+const VECTORS: usize = 4;
+
 kernel! {
-    /// `(q · k) · scale` for some keys; both in two parts, whose sums share their lanes.
-    fn scores<L, T: Element; const N>(
-        q: [&[f32]; 2],
-        k: [[&[T]; 2]; N],
-        scale: f32,
-    ) -> [f32; N] {
-        let mut acc = [L::splat(0.0); N];
-        for part in 0..2 {
-            let q = q[part];
-            for_vectors!(|i| in q.len(), {
-                let qv = L::load(vector(q, i));
-                for n in 0..N {
-                    acc[n] = acc[n].fma(qv, T::load(vector(k[n][part], i)));
+    /// `(q · k) · scale` for each key; both in two parts, whose sums share their lanes.
+    fn scores<L, T: Element>(q: [&[f32]; 2], keys: &[[&[T]; 2]], scale: f32, out: &mut [f32]) {
+        let mut j = 0;
+        while j < keys.len() {
+            // The last keys are done one by one, in the same order of operations.
+            let count = if j + KEYS <= keys.len() { KEYS } else { 1 };
+            let mut acc = [L::splat(0.0); KEYS];
+            for part in 0..2 {
+                let q = q[part];
+                if count == KEYS {
+                    let k = [keys[j][part], keys[j + 1][part], keys[j + 2][part], keys[j + 3][part]];
+                    for_vectors!(|i| in q.len(), {
+                        let qv = L::load(vector(q, i));
+                        for n in 0..KEYS {
+                            acc[n] = acc[n].fma(qv, T::load(vector(k[n], i)));
+                        }
+                    }, |_rest| {
+                        let qv = L::load(&tail(q, i));
+                        for n in 0..KEYS {
+                            acc[n] = acc[n].fma(qv, T::load(&tail(k[n], i)));
+                        }
+                    });
+                } else {
+                    let k = keys[j][part];
+                    for_vectors!(|i| in q.len(), {
+                        acc[0] = acc[0].fma(L::load(vector(q, i)), T::load(vector(k, i)));
+                    }, |_rest| {
+                        acc[0] = acc[0].fma(L::load(&tail(q, i)), T::load(&tail(k, i)));
+                    });
                 }
-            }, |_rest| {
-                let qv = L::load(&tail(q, i));
-                for n in 0..N {
-                    acc[n] = acc[n].fma(qv, T::load(&tail(k[n][part], i)));
-                }
-            });
+            }
+            for n in 0..count {
+                out[j + n] = acc[n].sum() * scale;
+            }
+            j += count;
         }
-        let mut out = [0.0; N];
-        for n in 0..N {
-            out[n] = sum(acc[n].array()) * scale;
-        }
-        out
     }
 }
 
@@ -67,53 +80,59 @@ kernel! {
 }
 
 kernel! {
-    /// `out += Σ_n weights[n] · rows[n]`, in order.
-    fn accumulate<L, T: Element; const N>(weights: [f32; N], rows: [&[T]; N], out: &mut [f32]) {
-        for_vectors!(|i| in out.len(), {
-            let mut acc = L::load(vector(out, i));
-            for n in 0..N {
-                acc = acc.fma(L::splat(weights[n]), T::load(vector(rows[n], i)));
+    /// `out = (Σ_j weights[j] · values[j]) / total`, in ascending order of j.
+    fn weighted_sum<L, T: Element>(weights: &[f32], values: &[&[T]], total: f32, out: &mut [f32]) {
+        let width = out.len();
+        let mut c = 0;
+        while c < width {
+            let wide = c + VECTORS * LANES <= width;
+            if wide {
+                let mut acc = [L::splat(0.0); VECTORS];
+                for (j, row) in values.iter().enumerate() {
+                    let weight = L::splat(weights[j]);
+                    for v in 0..VECTORS {
+                        acc[v] = acc[v].fma(weight, T::load(vector(row, c + v * LANES)));
+                    }
+                }
+                for v in 0..VECTORS {
+                    out[c + v * LANES..c + (v + 1) * LANES].copy_from_slice(&acc[v].array());
+                }
+                c += VECTORS * LANES;
+            } else if c + LANES <= width {
+                let mut acc = L::splat(0.0);
+                for (j, row) in values.iter().enumerate() {
+                    acc = acc.fma(L::splat(weights[j]), T::load(vector(row, c)));
+                }
+                out[c..c + LANES].copy_from_slice(&acc.array());
+                c += LANES;
+            } else {
+                let mut acc = L::splat(0.0);
+                for (j, row) in values.iter().enumerate() {
+                    acc = acc.fma(L::splat(weights[j]), T::load(&tail(&row[..width], c)));
+                }
+                out[c..].copy_from_slice(&acc.array()[..width - c]);
+                c = width;
             }
-            out[i..i + LANES].copy_from_slice(&acc.array());
-        }, |rest| {
-            let mut acc = L::load(&tail(out, i));
-            for n in 0..N {
-                acc = acc.fma(L::splat(weights[n]), T::load(&tail(rows[n], i)));
-            }
-            out[i..].copy_from_slice(&acc.array()[..rest]);
-        });
+        }
+        for v in out.iter_mut() {
+            *v /= total;
+        }
     }
 }
 
-/// Attention of one query and head over keys and values that `key` and `value` find.
-fn attend<'k, T: Element>(
+/// Attention of one query and head.
+fn attend<T: Element>(
     ctx: &Context,
     q: [&[f32]; 2],
-    keys: usize,
+    keys: &[[&[T]; 2]],
+    values: &[&[T]],
     scale: f32,
-    key: impl Fn(usize) -> [&'k [T]; 2],
-    value: impl Fn(usize) -> &'k [T],
     out: &mut [f32],
 ) {
-    let mut weights = vec![0.0; keys];
-    let whole = keys - keys % KEYS;
-    for j in (0..whole).step_by(KEYS) {
-        let k: [_; KEYS] = std::array::from_fn(|n| key(j + n));
-        weights[j..j + KEYS].copy_from_slice(&scores(ctx.isa, q, k, scale));
-    }
-    for j in whole..keys {
-        weights[j] = scores(ctx.isa, q, [key(j)], scale)[0];
-    }
+    let mut weights = vec![0.0; keys.len()];
+    scores(ctx.isa, q, keys, scale, &mut weights);
     let total = softmax(ctx.isa, &mut weights);
-    out.fill(0.0);
-    for j in (0..whole).step_by(KEYS) {
-        let rows: [_; KEYS] = std::array::from_fn(|n| value(j + n));
-        accumulate(ctx.isa, std::array::from_fn::<f32, KEYS, _>(|n| weights[j + n]), rows, out);
-    }
-    for j in whole..keys {
-        accumulate(ctx.isa, [weights[j]], [value(j)], out);
-    }
-    out.iter_mut().for_each(|v| *v /= total);
+    weighted_sum(ctx.isa, &weights, values, total, out);
 }
 
 /// Which sequence each query token belongs to, and how many keys it sees.
@@ -149,15 +168,24 @@ fn average(pairs: u64, tokens: usize, width: usize) -> usize {
 }
 
 /// See [`MlaPrefill`].
-pub(super) fn prefill(op: &MlaPrefill<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<(), String> {
+pub(super) fn prefill(
+    op: &MlaPrefill<Arg>,
+    args: &mut Args<'_>,
+    ctx: &Context,
+) -> Result<(), String> {
     match op.q.desc.dtype() {
         DType::F32 => prefill_as::<f32>(op, args, ctx),
         _ => prefill_as::<bf16>(op, args, ctx),
     }
 }
 
-fn prefill_as<T: Float>(op: &MlaPrefill<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<(), String> {
-    let (q, kv, k_rope) = (args.read::<T>(&op.q), args.read::<T>(&op.kv), args.read::<T>(&op.k_rope));
+fn prefill_as<T: Float>(
+    op: &MlaPrefill<Arg>,
+    args: &mut Args<'_>,
+    ctx: &Context,
+) -> Result<(), String> {
+    let (q, kv, k_rope) =
+        (args.read::<T>(&op.q), args.read::<T>(&op.kv), args.read::<T>(&op.k_rope));
     let q_starts = args.read::<i32>(&op.q_starts).data;
     let kv_starts = args.read::<i32>(&op.kv_starts).data;
     check_starts("q_starts", q_starts, op.q.desc.dim(0))?;
@@ -174,23 +202,32 @@ fn prefill_as<T: Float>(op: &MlaPrefill<Arg>, args: &mut Args<'_>, ctx: &Context
         let first = kv_starts[b] as usize;
         let query = widen(q.row2(t, h));
         let (q_nope, q_rope) = query.split_at(nope);
-        let key = |j: usize| [&kv.row2(first + j, h)[..nope], k_rope.row(first + j)];
-        let value = |j: usize| &kv.row2(first + j, h)[nope..];
-        attend(ctx, [q_nope, q_rope], keys, op.scale, key, value, out);
+        let all = first..first + keys;
+        let values: Vec<&[T]> = all.clone().map(|j| &kv.row2(j, h)[nope..]).collect();
+        let keys: Vec<[&[T]; 2]> = all.map(|j| [&kv.row2(j, h)[..nope], k_rope.row(j)]).collect();
+        attend(ctx, [q_nope, q_rope], &keys, &values, op.scale, out);
     });
     store::<T>(&results, &op.out, args);
     Ok(())
 }
 
 /// See [`MlaDecode`].
-pub(super) fn decode(op: &MlaDecode<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<(), String> {
+pub(super) fn decode(
+    op: &MlaDecode<Arg>,
+    args: &mut Args<'_>,
+    ctx: &Context,
+) -> Result<(), String> {
     match op.q_latent.desc.dtype() {
         DType::F32 => decode_as::<f32>(op, args, ctx),
         _ => decode_as::<bf16>(op, args, ctx),
     }
 }
 
-fn decode_as<T: Float>(op: &MlaDecode<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<(), String> {
+fn decode_as<T: Float>(
+    op: &MlaDecode<Arg>,
+    args: &mut Args<'_>,
+    ctx: &Context,
+) -> Result<(), String> {
     let (q_latent, q_rope) = (args.read::<T>(&op.q_latent), args.read::<T>(&op.q_rope));
     let cache = args.read::<T>(&op.cache).data;
     let table = args.read::<i32>(&op.block_table);
@@ -207,20 +244,21 @@ fn decode_as<T: Float>(op: &MlaDecode<Arg>, args: &mut Args<'_>, ctx: &Context) 
     let mut results = vec![0.0; op.out.desc.elements()];
     let pairs: usize = queries.iter().map(|(_, keys)| keys).sum();
     let cost = average(pairs as u64, queries.len(), width + rank);
+    // Every head and query of a sequence reads the same rows.
+    let rows: Vec<Vec<[&[T]; 2]>> = (0..kv_lens.len())
+        .map(|b| {
+            let pages = table.row(b).iter().map(|&page| page as usize * page_size * width);
+            let slots = pages.flat_map(|at| cache[at..at + page_size * width].chunks_exact(width));
+            slots.take(kv_lens[b] as usize).map(|row| row.split_at(rank).into()).collect()
+        })
+        .collect();
+    let latents: Vec<Vec<&[T]>> =
+        rows.iter().map(|rows| rows.iter().map(|row| row[0]).collect()).collect();
     super::for_each_chunk(ctx, &mut results, rank, cost, |index, out| {
         let (t, h) = (index / heads, index % heads);
         let Some(&(b, keys)) = queries.get(t) else { return };
-        let pages = table.row(b);
-        let row = |j: usize| {
-            let slot = pages[j / page_size] as usize * page_size + j % page_size;
-            &cache[slot * width..(slot + 1) * width]
-        };
         let (latent, rope) = (widen(q_latent.row2(t, h)), widen(q_rope.row2(t, h)));
-        let key = |j: usize| {
-            let (latent, rope) = row(j).split_at(rank);
-            [latent, rope]
-        };
-        attend(ctx, [&latent, &rope], keys, op.scale, key, |j| &row(j)[..rank], out);
+        attend(ctx, [&latent, &rope], &rows[b][..keys], &latents[b][..keys], op.scale, out);
     });
     store::<T>(&results, &op.out, args);
     Ok(())

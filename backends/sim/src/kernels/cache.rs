@@ -2,9 +2,9 @@
 
 use super::number::Float;
 use super::{Arg, Args};
-use half::bf16;
 use hal::DType;
 use hal::op::{CacheRead, CacheWrite, Rope};
+use half::bf16;
 
 /// See [`Rope`].
 pub(super) fn rope(op: &Rope<Arg>, args: &mut Args<'_>) -> Result<(), String> {

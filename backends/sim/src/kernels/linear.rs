@@ -5,11 +5,11 @@
 //! split over weight rows only, so that no sum is ever split.
 
 use super::number::{Float, decode_e4m3};
-use super::simd::{Element, LANES, for_vectors, kernel, sum, tail, vector};
+use super::simd::{Element, LANES, for_vectors, kernel, tail, vector};
 use super::{Arg, Args, Context, Outcome, View, ViewMut};
-use half::bf16;
 use hal::op::{BatchedLinear, BlockGrid, GroupedLinear, Linear, Routing};
 use hal::{DType, Operand};
+use half::bf16;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -24,6 +24,9 @@ const DECODE_ONCE: usize = 2 * TOKENS;
 
 /// Multiply-adds from which on it pays to wake other threads: some 100 µs of one.
 const PARALLEL: usize = 1 << 20;
+
+/// Weights below this many bytes are not fetched ahead.
+const SMALL_WEIGHT: usize = 1 << 18;
 
 /// Bytes that memory moves at once.
 const CACHE_LINE: usize = 64;
@@ -60,12 +63,12 @@ impl Activations {
         Activations { values, scales, columns, groups }
     }
 
-    fn row(&self, t: usize) -> &[f32] {
-        &self.values[t * self.columns..(t + 1) * self.columns]
+    fn rows_from<const M: usize>(&self, t: usize) -> [&[f32]; M] {
+        rows_of(&self.values, self.columns, t)
     }
 
-    fn row_scales(&self, t: usize) -> &[f32] {
-        self.scales.as_ref().map_or(&[], |s| &s[t * self.groups..(t + 1) * self.groups])
+    fn scales_from<const M: usize>(&self, t: usize) -> [&[f32]; M] {
+        rows_of(self.scales.as_deref().unwrap_or(&[]), self.groups, t)
     }
 }
 
@@ -73,6 +76,17 @@ fn collect<T: Copy>(x: &View<'_, T>, out: &mut Vec<f32>, widen: impl Fn(T) -> f3
     for r in 0..x.desc.dim(0) {
         out.extend(x.row(r).iter().map(|&v| widen(v)));
     }
+}
+
+/// `N` rows of a contiguous matrix from row `first`. A loop rather than `array::from_fn`, whose
+/// closure is a call per row.
+#[inline(always)]
+fn rows_of<const N: usize, T>(values: &[T], columns: usize, first: usize) -> [&[T]; N] {
+    let mut rows = [&[][..]; N];
+    for (r, row) in rows.iter_mut().enumerate() {
+        *row = &values[(first + r) * columns..(first + r + 1) * columns];
+    }
+    rows
 }
 
 /// One weight: rows of it, and their scales.
@@ -91,16 +105,30 @@ struct Group<'a, W> {
 }
 
 impl<'a, W: Element> Weight<'a, W> {
-    fn row(&self, n: usize, columns: usize) -> &'a [W] {
-        &self.values[n * columns..(n + 1) * columns]
+    fn rows_from<const R: usize>(&self, n: usize, columns: usize) -> [&'a [W]; R] {
+        rows_of(self.values, columns, n)
     }
 
-    fn row_scales(&self, n: usize, groups: usize) -> &'a [f32] {
-        if groups == 0 {
-            return &[];
+    /// The scales of each of the rows from `n`.
+    fn scales_from<const R: usize>(&self, n: usize, groups: usize) -> [&'a [f32]; R] {
+        let mut rows = [&[][..]; R];
+        let scales_of = |n: usize| {
+            let at = self.grid.scale_row(n, self.rows) * groups;
+            &self.scales[at..at + groups]
+        };
+        let (first, last) = (scales_of(n), scales_of(n + R - 1));
+        for (r, row) in rows.iter_mut().enumerate() {
+            // Most tiles lie inside one block.
+            *row = if std::ptr::eq(first, last) { first } else { scales_of(n + r) };
         }
-        let at = self.grid.scale_row(n, self.rows) * groups;
-        &self.scales[at..at + groups]
+        rows
+    }
+
+    /// The rows from `n` on, to be fetched ahead. Short rows end before the hardware has learned
+    /// to do so by itself; small weights are in the cache anyway.
+    fn ahead(&self, n: usize, columns: usize) -> &'a [W] {
+        let small = size_of_val(self.values) < SMALL_WEIGHT;
+        if small { &[] } else { &self.values[n * columns..] }
     }
 }
 
@@ -142,7 +170,7 @@ kernel! {
         let mut out = [[0.0; M]; R];
         for r in 0..R {
             for m in 0..M {
-                out[r][m] = sum(acc[r][m].array());
+                out[r][m] = acc[r][m].sum();
             }
         }
         out
@@ -210,7 +238,7 @@ kernel! {
         let mut out = [[0.0; M]; R];
         for r in 0..R {
             for m in 0..M {
-                out[r][m] = sum(total[r][m].array());
+                out[r][m] = total[r][m].sum();
             }
         }
         out
@@ -290,10 +318,10 @@ macro_rules! dense_product {
                 tokens: Range<usize>,
                 out: &mut [f32],
             ) {
-                let rows: [&[Self]; R] = std::array::from_fn(|r| w.row(n + r, x.columns));
-                let ahead = &w.values[(n + R) * x.columns..];
+                let rows = w.rows_from::<R>(n, x.columns);
+                let ahead = w.ahead(n + R, x.columns);
                 over_tokens!(tokens, out, R, |M, at| {
-                    let x: [&[f32]; M] = std::array::from_fn(|m| x.row(at + m));
+                    let x = x.rows_from::<M>(at);
                     dense_tile::<Self, R, M>(ctx.isa, rows, x, ahead)
                 });
             }
@@ -311,40 +339,44 @@ impl Product for u8 {
         tokens: Range<usize>,
         out: &mut [f32],
     ) {
-        let rows: [&[u8]; R] = std::array::from_fn(|r| w.row(n + r, x.columns));
-        let scales: [&[f32]; R] = std::array::from_fn(|r| w.row_scales(n + r, x.groups));
+        let rows = w.rows_from::<R>(n, x.columns);
+        let scales = w.scales_from::<R>(n, x.groups);
         let grid = w.grid;
         if tokens.len() >= DECODE_ONCE {
             let mut decoded = vec![0.0; R * x.columns];
             for (row, out) in rows.iter().zip(decoded.chunks_mut(x.columns)) {
                 decode_scaled(ctx.isa, row, out);
             }
-            let rows: [&[f32]; R] =
-                std::array::from_fn(|r| &decoded[r * x.columns..(r + 1) * x.columns]);
+            let rows = rows_of::<R, f32>(&decoded, x.columns, 0);
             over_tokens!(tokens, out, R, |M, at| {
-                let values: [&[f32]; M] = std::array::from_fn(|m| x.row(at + m));
-                let x_scales: [&[f32]; M] = std::array::from_fn(|m| x.row_scales(at + m));
+                let (values, x_scales) = (x.rows_from::<M>(at), x.scales_from::<M>(at));
                 scaled_tile::<f32, R, M>(ctx.isa, rows, scales, values, x_scales, grid, &[])
             });
         } else {
-            // The rows of the next block: short rows end before hardware has learned to fetch ahead.
-            let ahead = &w.values[(n + R) * x.columns..];
+            let ahead = w.ahead(n + R, x.columns);
             over_tokens!(tokens, out, R, |M, at| {
-                let values: [&[f32]; M] = std::array::from_fn(|m| x.row(at + m));
-                let x_scales: [&[f32]; M] = std::array::from_fn(|m| x.row_scales(at + m));
+                let (values, x_scales) = (x.rows_from::<M>(at), x.scales_from::<M>(at));
                 scaled_tile::<u8, R, M>(ctx.isa, rows, scales, values, x_scales, grid, ahead)
             });
         }
-        for (r, row) in rows.iter().enumerate() {
-            if has_nan(ctx.isa, row) {
-                out[r * tokens.len()..(r + 1) * tokens.len()].fill(f32::NAN);
+        if has_nan(ctx.isa, &w.values[n * x.columns..(n + R) * x.columns]) {
+            for (r, row) in rows.iter().enumerate() {
+                if has_nan(ctx.isa, row) {
+                    out[r * tokens.len()..(r + 1) * tokens.len()].fill(f32::NAN);
+                }
             }
         }
     }
 }
 
 /// `out[n - first][t]` for the weight's rows from `first`, as many as `out` holds.
-fn rows<W: Product>(ctx: &Context, group: &Group<'_, W>, first: usize, x: &Activations, out: &mut [f32]) {
+fn rows<W: Product>(
+    ctx: &Context,
+    group: &Group<'_, W>,
+    first: usize,
+    x: &Activations,
+    out: &mut [f32],
+) {
     let tokens = group.tokens.clone();
     let count = tokens.len();
     let mut n = first;
@@ -406,7 +438,13 @@ fn store<T: Float>(groups: &[(Range<usize>, usize)], results: &[f32], out: &mut 
     }
 }
 
-fn multiply<W: Product>(ctx: &Context, args: &mut Args<'_>, groups: &[Group<'_, W>], x: &Activations, out: &Arg) {
+fn multiply<W: Product>(
+    ctx: &Context,
+    args: &mut Args<'_>,
+    groups: &[Group<'_, W>],
+    x: &Activations,
+    out: &Arg,
+) {
     let results = products(ctx, groups, x);
     let shapes: Vec<_> = groups.iter().map(|g| (g.tokens.clone(), g.weight.rows)).collect();
     match out.desc.dtype() {
@@ -465,10 +503,8 @@ fn grouped_as<W: Product>(
         })
         .collect();
     multiply(ctx, args, &groups, &x, &op.out);
-    let routing = Routing {
-        rows: offsets[experts] as u32,
-        active_experts: (groups.len() as u32).max(1),
-    };
+    let routing =
+        Routing { rows: offsets[experts] as u32, active_experts: (groups.len() as u32).max(1) };
     Ok(Outcome { routing: Some(routing) })
 }
 
@@ -489,35 +525,70 @@ kernel! {
     /// `out[n] = Σ_k x[k] · w[k][n]`, each sum in ascending order of k.
     fn k_major<L, T: Float>(x: &[T], w: &[T], stride: usize, out: &mut [f32]) {
         let width = out.len();
-        for_vectors!(|n| in width, {
-            let mut acc = L::splat(0.0);
-            for (k, &value) in x.iter().enumerate() {
-                acc = acc.fma(L::splat(value.widen()), T::load(vector(&w[k * stride..], n)));
+        let mut n = 0;
+        while n < width {
+            // Four vectors at a time, then one, then what is left: the same sums each way.
+            if n + ROWS * LANES <= width {
+                let mut acc = [L::splat(0.0); ROWS];
+                for (k, value) in x.iter().enumerate() {
+                    let value = L::splat(value.widen());
+                    let row = &w[k * stride + n..k * stride + n + ROWS * LANES];
+                    for v in 0..ROWS {
+                        acc[v] = acc[v].fma(value, T::load(vector(row, v * LANES)));
+                    }
+                }
+                for v in 0..ROWS {
+                    out[n + v * LANES..n + (v + 1) * LANES].copy_from_slice(&acc[v].array());
+                }
+                n += ROWS * LANES;
+            } else {
+                let count = LANES.min(width - n);
+                let mut acc = L::splat(0.0);
+                for (k, value) in x.iter().enumerate() {
+                    let row = &w[k * stride + n..k * stride + n + count];
+                    let row: L = if count == LANES { T::load(vector(row, 0)) } else { T::load(&tail(row, 0)) };
+                    acc = acc.fma(L::splat(value.widen()), row);
+                }
+                out[n..n + count].copy_from_slice(&acc.array()[..count]);
+                n += count;
             }
-            out[n..n + LANES].copy_from_slice(&acc.array());
-        }, |rest| {
-            let mut acc = L::splat(0.0);
-            for (k, &value) in x.iter().enumerate() {
-                let row = &w[k * stride..k * stride + width];
-                acc = acc.fma(L::splat(value.widen()), T::load(&tail(row, n)));
-            }
-            out[n..].copy_from_slice(&acc.array()[..rest]);
-        });
+        }
     }
 }
 
 kernel! {
     /// `out[n] = Σ_k x[k] · w[n][k]`.
     fn n_major<L, T: Float>(x: &[T], w: &[T], stride: usize, out: &mut [f32]) {
-        for (n, out) in out.iter_mut().enumerate() {
-            let row = &w[n * stride..n * stride + x.len()];
-            let mut acc = L::splat(0.0);
-            for_vectors!(|i| in row.len(), {
-                acc = acc.fma(T::load(vector(row, i)), T::load(vector(x, i)));
-            }, |_rest| {
-                acc = acc.fma(T::load(&tail(row, i)), T::load(&tail(x, i)));
-            });
-            *out = sum(acc.array());
+        let columns = x.len();
+        let mut n = 0;
+        while n < out.len() {
+            let count = if n + ROWS <= out.len() { ROWS } else { 1 };
+            let mut acc = [L::splat(0.0); ROWS];
+            if count == ROWS {
+                for_vectors!(|i| in columns, {
+                    let xv: L = T::load(vector(x, i));
+                    for r in 0..ROWS {
+                        acc[r] = acc[r].fma(T::load(vector(w, (n + r) * stride + i)), xv);
+                    }
+                }, |_rest| {
+                    let xv: L = T::load(&tail(x, i));
+                    for r in 0..ROWS {
+                        let row = &w[(n + r) * stride..(n + r) * stride + columns];
+                        acc[r] = acc[r].fma(T::load(&tail(row, i)), xv);
+                    }
+                });
+            } else {
+                let row = &w[n * stride..n * stride + columns];
+                for_vectors!(|i| in columns, {
+                    acc[0] = acc[0].fma(T::load(vector(row, i)), T::load(vector(x, i)));
+                }, |_rest| {
+                    acc[0] = acc[0].fma(T::load(&tail(row, i)), T::load(&tail(x, i)));
+                });
+            }
+            for r in 0..count {
+                out[n + r] = acc[r].sum();
+            }
+            n += count;
         }
     }
 }

@@ -3,9 +3,9 @@
 use super::number::{Float, sigmoid};
 use super::simd::{Element, LANES, for_vectors, kernel, tail, vector};
 use super::{Arg, Args, Context};
-use half::bf16;
 use hal::DType;
 use hal::op::{Gate, MoeCombine, MoePermute};
+use half::bf16;
 
 /// See [`Gate`].
 pub(super) fn gate(op: &Gate<Arg>, args: &mut Args<'_>) {
@@ -83,7 +83,10 @@ pub(super) fn permute(op: &MoePermute<Arg>, args: &mut Args<'_>) -> Result<(), S
     for t in 0..tokens {
         for &expert in chosen.row(t) {
             if expert < 0 || expert as u32 >= op.total_experts {
-                return Err(format!("expert {expert} of token {t} is not one of {}", op.total_experts));
+                return Err(format!(
+                    "expert {expert} of token {t} is not one of {}",
+                    op.total_experts
+                ));
             }
             if let Some(e) = (expert as usize).checked_sub(first).filter(|&e| e < local) {
                 counts[e + 1] += 1;
@@ -146,14 +149,22 @@ kernel! {
 }
 
 /// See [`MoeCombine`].
-pub(super) fn combine(op: &MoeCombine<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<(), String> {
+pub(super) fn combine(
+    op: &MoeCombine<Arg>,
+    args: &mut Args<'_>,
+    ctx: &Context,
+) -> Result<(), String> {
     match op.y.desc.dtype() {
         DType::F32 => combine_as::<f32>(op, args, ctx),
         _ => combine_as::<bf16>(op, args, ctx),
     }
 }
 
-fn combine_as<T: Float>(op: &MoeCombine<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<(), String> {
+fn combine_as<T: Float>(
+    op: &MoeCombine<Arg>,
+    args: &mut Args<'_>,
+    ctx: &Context,
+) -> Result<(), String> {
     let y = args.read::<T>(&op.y);
     let (rows, weights) = (args.read::<i32>(&op.rows), args.read::<f32>(&op.weights));
     let base = op.base.as_ref().map(|b| args.read::<T>(b));

@@ -99,7 +99,14 @@ mod tests {
 
     #[test]
     fn e4m3_decodes_the_published_values() {
-        for (byte, value) in [(0x00, 0.0), (0x01, 1.0 / 512.0), (0x08, 1.0 / 64.0), (0x38, 1.0), (0x7e, 448.0), (0xc0, -2.0)] {
+        for (byte, value) in [
+            (0x00, 0.0),
+            (0x01, 1.0 / 512.0),
+            (0x08, 1.0 / 64.0),
+            (0x38, 1.0),
+            (0x7e, 448.0),
+            (0xc0, -2.0),
+        ] {
             assert_eq!(decode_e4m3(byte), value, "{byte:#x}");
         }
         assert!(decode_e4m3(0x7f).is_nan() && decode_e4m3(0xff).is_nan());
@@ -130,7 +137,10 @@ mod tests {
             for low in [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
                 let value = f32::from_bits((i << 16) | low);
                 let (ours, theirs) = (to_bf16(value), bf16::from_f32(value));
-                assert!(ours.to_bits() == theirs.to_bits() || (value.is_nan() && ours.is_nan()), "{value:?}");
+                assert!(
+                    ours.to_bits() == theirs.to_bits() || (value.is_nan() && ours.is_nan()),
+                    "{value:?}"
+                );
             }
         }
     }

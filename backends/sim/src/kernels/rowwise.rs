@@ -3,12 +3,11 @@
 use super::number::{E4M3_MAX, Float, decode_e4m3, encode_e4m3, sigmoid};
 use super::simd::{Element, LANES, for_vectors, kernel, sum, tail, vector};
 use super::{Arg, Args, Context, View, ViewMut};
-use half::bf16;
 use hal::op::{
-    Add, BlockGrid, Cast, Copy, Dequantize, GatherRows, Quantize, RmsNorm, ScaleFormat,
-    SwiGlu,
+    Add, BlockGrid, Cast, Copy, Dequantize, GatherRows, Quantize, RmsNorm, ScaleFormat, SwiGlu,
 };
 use hal::{DType, TensorDesc};
+use half::bf16;
 
 /// DeepSeek's floor for the largest magnitude of a group (`act_quant`).
 const LEAST_AMAX: f32 = 1e-4;

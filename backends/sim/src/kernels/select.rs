@@ -2,9 +2,9 @@
 
 use super::number::Float;
 use super::{Arg, Args};
-use half::bf16;
 use hal::DType;
 use hal::op::{ArgMax, TopK};
+use half::bf16;
 use std::cmp::Ordering;
 
 fn candidates<T: Float>(row: &[T], limit: u32, number: usize) -> Result<&[T], String> {

@@ -71,6 +71,9 @@ pub(crate) trait Lanes: Copy {
     /// `self + a · b`, rounded once.
     fn fma(self, a: Self, b: Self) -> Self;
     fn array(self) -> [f32; LANES];
+    /// The lanes added up: halves, quarters, eighths, pairs. `(b₀ + b₂) + (b₁ + b₃)` for the four
+    /// sums `b` of every fourth lane.
+    fn sum(self) -> f32;
     /// Asks for the cache line of a value that will be wanted soon.
     #[inline(always)]
     fn prefetch<T>(_value: &T) {}
@@ -111,6 +114,11 @@ impl Lanes for [f32; LANES] {
     #[inline(always)]
     fn array(self) -> [f32; LANES] {
         self
+    }
+
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        sum(self)
     }
 }
 
@@ -182,6 +190,31 @@ mod x86 {
             unsafe { _mm512_storeu_ps(out.as_mut_ptr(), self.0) };
             out
         }
+
+        #[inline(always)]
+        fn sum(self) -> f32 {
+            // SAFETY: see above.
+            unsafe {
+                let upper = _mm512_castsi512_pd(_mm512_castps_si512(self.0));
+                let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(upper));
+                sum_eight(_mm256_add_ps(_mm512_castps512_ps256(self.0), upper))
+            }
+        }
+    }
+
+    /// The rest of [`Lanes::sum`], from the sums of opposite halves.
+    ///
+    /// # Safety
+    ///
+    /// AVX exists.
+    #[inline(always)]
+    unsafe fn sum_eight(a: __m256) -> f32 {
+        // SAFETY: the caller's.
+        unsafe {
+            let b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+            _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps::<1>(c, c)))
+        }
     }
 
     /// Two 256-bit registers.
@@ -239,9 +272,7 @@ mod x86 {
         #[inline(always)]
         fn fma(self, a: Self, b: Self) -> Self {
             // SAFETY: see above.
-            unsafe {
-                Avx2(_mm256_fmadd_ps(a.0, b.0, self.0), _mm256_fmadd_ps(a.1, b.1, self.1))
-            }
+            unsafe { Avx2(_mm256_fmadd_ps(a.0, b.0, self.0), _mm256_fmadd_ps(a.1, b.1, self.1)) }
         }
 
         #[inline(always)]
@@ -253,6 +284,12 @@ mod x86 {
                 _mm256_storeu_ps(out.as_mut_ptr().add(8), self.1);
             }
             out
+        }
+
+        #[inline(always)]
+        fn sum(self) -> f32 {
+            // SAFETY: see above.
+            unsafe { sum_eight(_mm256_add_ps(self.0, self.1)) }
         }
     }
 }

@@ -110,10 +110,15 @@ impl Stream for SimStream {
     fn read(&self, src: &Region, dst: &mut [u8], timeout: Duration) -> Result<()> {
         let memory = self.region(src)?.clone();
         self.same_size(CommandKind::Read, dst.len() as u64, src.len)?;
-        let touches = [Touch { memory: &memory, offset: src.offset, len: src.len, access: Access::Read }];
+        let touches =
+            [Touch { memory: &memory, offset: src.offset, len: src.len, access: Access::Read }];
         let reply = Arc::new(Mutex::new(Vec::new()));
-        let work =
-            Work::Read { memory: memory.clone(), offset: src.offset, len: src.len, reply: reply.clone() };
+        let work = Work::Read {
+            memory: memory.clone(),
+            offset: src.offset,
+            len: src.len,
+            reply: reply.clone(),
+        };
         let value = self.shared.submit(CommandKind::Read, "read".into(), &touches, work)?;
         self.shared.synchronize_value(value, timeout)?;
         let bytes = reply.lock();
@@ -151,8 +156,15 @@ impl Stream for SimStream {
                 reason: format!("this machine has no {link} link"),
             });
         }
-        if Arc::ptr_eq(&to, &from) && src.offset < dst.offset + dst.len && dst.offset < src.offset + src.len {
-            return Err(self.misuse(kind, &kind.name().into(), "source and destination overlap".into()));
+        if Arc::ptr_eq(&to, &from)
+            && src.offset < dst.offset + dst.len
+            && dst.offset < src.offset + src.len
+        {
+            return Err(self.misuse(
+                kind,
+                &kind.name().into(),
+                "source and destination overlap".into(),
+            ));
         }
         let touches = [
             Touch { memory: &from, offset: src.offset, len: src.len, access: Access::Read },
@@ -169,7 +181,8 @@ impl Stream for SimStream {
 
     fn fill(&self, dst: &Region, byte: u8) -> Result<()> {
         let memory = self.region(dst)?.clone();
-        let touches = [Touch { memory: &memory, offset: dst.offset, len: dst.len, access: Access::Write }];
+        let touches =
+            [Touch { memory: &memory, offset: dst.offset, len: dst.len, access: Access::Write }];
         let work = Work::Fill { memory: memory.clone(), offset: dst.offset, len: dst.len, byte };
         self.shared.submit(CommandKind::Fill, "fill".into(), &touches, work).map(|_| ())
     }
@@ -185,7 +198,12 @@ impl Stream for SimStream {
         let op = command.op.try_map(|tensor| self.operand(tensor))?;
         let mut touches = arrayvec::ArrayVec::<Touch<'_>, { crate::memory::MAX_OPERANDS }>::new();
         op.visit(|_, access, t| {
-            touches.push(Touch { memory: &t.memory, offset: t.offset, len: t.desc.extent(), access });
+            touches.push(Touch {
+                memory: &t.memory,
+                offset: t.offset,
+                len: t.desc.extent(),
+                access,
+            });
         });
         let kind = CommandKind::Op(op.kind());
         // The touches borrow the op that is about to move into the queue.
@@ -221,7 +239,12 @@ impl Stream for SimStream {
                     .into_iter()
                     .filter_map(|(t, access)| t.as_ref().map(|t| (t, access)))
             })
-            .map(|(t, access)| Touch { memory: &t.memory, offset: t.offset, len: t.desc.extent(), access })
+            .map(|(t, access)| Touch {
+                memory: &t.memory,
+                offset: t.offset,
+                len: t.desc.extent(),
+                access,
+            })
             .collect();
         communicator.submit(&self.shared, kind, label, batch, &operands, &touches)
     }

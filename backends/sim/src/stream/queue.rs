@@ -357,7 +357,12 @@ impl StreamShared {
 
     /// Copies host memory to the device: at once if the stream is idle, else from a copy of its
     /// own.
-    pub(crate) fn write(self: &Arc<Self>, memory: &Arc<Memory>, offset: u64, src: &[u8]) -> Result<()> {
+    pub(crate) fn write(
+        self: &Arc<Self>,
+        memory: &Arc<Memory>,
+        offset: u64,
+        src: &[u8],
+    ) -> Result<()> {
         let len = src.len() as u64;
         let touch = [Touch { memory, offset, len, access: Access::Write }];
         let label = Label::Static("write");
@@ -649,7 +654,10 @@ impl StreamShared {
         match brief {
             None => "its last command is still running".to_string(),
             Some(Brief { sequence, kind, label, waits_for }) => {
-                let mut text = format!("its oldest unfinished command is {sequence} ({} {label:?})", kind.name());
+                let mut text = format!(
+                    "its oldest unfinished command is {sequence} ({} {label:?})",
+                    kind.name()
+                );
                 if matches!(queue.activity, Activity::Hung(_)) {
                     text += ", which hangs by a fault rule";
                 }

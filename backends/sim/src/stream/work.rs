@@ -66,7 +66,8 @@ impl Work {
                 done(system, || cost.transfer(*len, *path, &system.topology))
             }
             Work::Fill { memory, offset, len, byte } => {
-                let filled = || memory.try_write(*offset, *len, |m| m.fill(*byte)).ok_or(Outcome::Busy);
+                let filled =
+                    || memory.try_write(*offset, *len, |m| m.fill(*byte)).ok_or(Outcome::Busy);
                 if let Err(outcome) = system.values(filled) {
                     return outcome;
                 }
@@ -86,7 +87,9 @@ impl Work {
             }
             Work::Read { memory, offset, len, reply } => {
                 let read = || {
-                    memory.try_read(*offset, *len, |m| *reply.lock() = m.to_vec()).ok_or(Outcome::Busy)
+                    memory
+                        .try_read(*offset, *len, |m| *reply.lock() = m.to_vec())
+                        .ok_or(Outcome::Busy)
                 };
                 if let Err(outcome) = system.values(read) {
                     return outcome;
@@ -119,7 +122,9 @@ fn transfer(dst: &(Arc<Memory>, u64), src: &(Arc<Memory>, u64), len: u64) -> Res
     let failed = |e: BorrowError| data_failure(&e).map_or(Outcome::Busy, Outcome::Failed);
     let mut guards = Guards::lock(&spans).map_err(failed)?;
     // Host and device memory of one system all have storage here.
-    if let [Slot::Read(from), Slot::Write(to)] = guards.carve(&spans).map_err(failed)?.as_mut_slice() {
+    if let [Slot::Read(from), Slot::Write(to)] =
+        guards.carve(&spans).map_err(failed)?.as_mut_slice()
+    {
         to.copy_from_slice(from);
     }
     Ok(())
