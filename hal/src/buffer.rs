@@ -3,8 +3,8 @@
 use crate::{DeviceId, Error, Result};
 use std::any::Any;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 /// Identity of a buffer, unique in the process and never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -112,6 +112,11 @@ impl Buffer {
         Arc::strong_count(&self.0)
     }
 
+    /// A reference that does not keep the memory.
+    pub fn downgrade(&self) -> WeakBuffer {
+        WeakBuffer(Arc::downgrade(&self.0))
+    }
+
     /// `len` bytes from `offset`.
     ///
     /// # Errors
@@ -130,6 +135,23 @@ impl Buffer {
     /// The whole buffer.
     pub fn whole(&self) -> Region {
         Region { buffer: self.clone(), offset: 0, len: self.size() }
+    }
+}
+
+/// Tells whether a buffer is still alive, without keeping it so.
+#[derive(Clone)]
+pub struct WeakBuffer(Weak<Inner>);
+
+impl WeakBuffer {
+    /// Whether anybody holds the buffer.
+    pub fn is_alive(&self) -> bool {
+        self.0.strong_count() > 0
+    }
+}
+
+impl fmt::Debug for WeakBuffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.is_alive() { "alive" } else { "freed" })
     }
 }
 

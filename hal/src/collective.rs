@@ -1,6 +1,6 @@
 //! Collectives: commands that ranks of a communicator run together.
 
-use crate::{DType, DeviceId, Result, Tensor};
+use crate::{DType, DeviceId, Operand, Result, Tensor};
 use serde::{Deserialize, Serialize};
 use std::any::Any;
 use std::fmt;
@@ -173,7 +173,6 @@ impl Collective {
 
     /// Element type, taken from the first tensor.
     pub fn dtype(&self) -> DType {
-        use crate::Operand;
         match self {
             Collective::AllReduce { send: t, .. }
             | Collective::AllGather { send: t, .. }
@@ -184,6 +183,77 @@ impl Collective {
             | Collective::Recv { tensor: t, .. } => t.desc().dtype(),
         }
     }
+}
+
+/// Says what is wrong with one rank's batch, as far as this rank alone can know.
+///
+/// # Errors
+///
+/// The first rule of [`Collective`]'s documentation that is broken, with the values.
+pub fn check(batch: &[Collective], rank: usize, size: usize) -> std::result::Result<(), String> {
+    let peers =
+        batch.iter().filter(|c| matches!(c, Collective::Send { .. } | Collective::Recv { .. }));
+    let peers = peers.count();
+    if peers != 0 && peers != batch.len() {
+        return Err("a batch holds either group collectives or sends and receives".into());
+    }
+    batch.iter().try_for_each(|collective| check_one(collective, rank, size))
+}
+
+fn check_one(collective: &Collective, rank: usize, size: usize) -> std::result::Result<(), String> {
+    let equal = |name: &str, found: usize, expected: usize| match found == expected {
+        true => Ok(()),
+        false => Err(format!("{name} has {found} elements, expected {expected}")),
+    };
+    let within = |name: &str, counts: &[usize], available: usize| {
+        let sum: usize = counts.iter().sum();
+        let fits = sum <= available;
+        if fits { Ok(()) } else { Err(format!("{name} add up to {sum} of {available} elements")) }
+    };
+    let exists = |peer: usize| match peer < size {
+        true => Ok(()),
+        false => Err(format!("rank {peer} of {size} does not exist")),
+    };
+    let (send, recv) = collective.tensors(rank);
+    for tensor in [send, recv].into_iter().flatten() {
+        if !tensor.desc().is_contiguous() {
+            return Err(format!("{:?} has gaps", tensor.desc()));
+        }
+    }
+    if let (Some(send), Some(recv)) = (send, recv)
+        && send.desc().dtype() != recv.desc().dtype()
+    {
+        return Err(format!("send is {} and recv {}", send.desc().dtype(), recv.desc().dtype()));
+    }
+    let count = |tensor: &Tensor| tensor.desc().elements();
+    match collective {
+        Collective::AllReduce { send, recv, .. } => equal("recv", count(recv), count(send))?,
+        Collective::AllGather { send, recv } => equal("recv", count(recv), count(send) * size)?,
+        Collective::ReduceScatter { send, recv, .. } => {
+            equal("send", count(send), count(recv) * size)?
+        }
+        Collective::AllToAll { send, recv, counts: Some(counts) } => {
+            equal("send counts", counts.send.len(), size)?;
+            equal("recv counts", counts.recv.len(), size)?;
+            within("send counts", &counts.send, count(send))?;
+            within("recv counts", &counts.recv, count(recv))?;
+        }
+        Collective::AllToAll { send, recv, counts: None } => {
+            equal("recv", count(recv), count(send))?;
+            if !count(send).is_multiple_of(size) {
+                return Err(format!("{} elements are not {size} equal parts", count(send)));
+            }
+        }
+        Collective::Broadcast { root, .. } => exists(*root)?,
+        Collective::Send { peer, .. } | Collective::Recv { peer, .. } => exists(*peer)?,
+    }
+    let reduces =
+        matches!(collective, Collective::AllReduce { .. } | Collective::ReduceScatter { .. });
+    let dtype = collective.dtype();
+    if reduces && !matches!(dtype, DType::F32 | DType::Bf16 | DType::I32) {
+        return Err(format!("{dtype} cannot be reduced"));
+    }
+    Ok(())
 }
 
 /// One rank of a group. Batches of one communicator run in submission order, so every rank submits

@@ -33,30 +33,30 @@
 //! | [`Topology`] | what `nvidia-smi topo -m` prints |
 
 mod buffer;
-mod collective;
+pub mod collective;
 mod device;
 mod dtype;
 mod error;
 pub mod fault;
 pub mod hazard;
-//mod null;
+mod null;
 pub mod op;
 mod stream;
 mod tensor;
 mod topology;
 pub mod trace;
-//mod validated;
+mod validated;
 
-pub use buffer::{Buffer, BufferId, Location, RawBuffer, Region};
+pub use buffer::{Buffer, BufferId, Location, RawBuffer, Region, WeakBuffer};
 pub use collective::{
     Collective, CollectiveKind, Communicator, CommunicatorId, PeerCounts, Reduction,
 };
 pub use device::{Clock, Device, DeviceId, DeviceProperties, MemoryInfo, Support};
 pub use dtype::DType;
 pub use error::{Cause, Error, Failure, Result, UsageError};
-//pub use null::NullDevice;
+pub use null::NullDevice;
 pub use op::{Op, OpKind};
 pub use stream::{Command, Label, Point, Stream, StreamId, Timeline, Timestamp};
 pub use tensor::{Operand, Tensor, TensorDesc};
 pub use topology::{DiePlacement, Link, LinkKind, Topology};
-//pub use validated::{Leak, Validated};
+pub use validated::{Leak, Validated};

@@ -374,20 +374,13 @@ impl SimCommunicator {
         touches: &[Touch<'_>],
     ) -> Result<()> {
         let misuse = |problem| Error::misuse(self.device, kind.name(), label, problem);
+        hal::collective::check(batch, self.rank, self.group.size).map_err(misuse)?;
         let parts: Vec<Part> = batch
             .iter()
             .zip(operands)
-            .map(|(collective, (send, recv))| {
-                Part::new(collective, send.clone(), recv.clone(), self.group.size)
-            })
-            .collect::<Result<_, String>>()
-            .map_err(misuse)?;
-        let peers = parts.iter().filter(|p| p.is_peer_to_peer()).count();
-        if peers != 0 && peers != parts.len() {
-            return Err(misuse(
-                "a batch holds either group collectives or sends and receives".into(),
-            ));
-        }
+            .map(|(collective, (send, recv))| Part::new(collective, send.clone(), recv.clone()))
+            .collect();
+        let peer_to_peer = parts.iter().any(Part::is_peer_to_peer);
         self.status()?;
         stream.takes_part_in(&self.group);
         let admitted = stream.admit(kind, label, touches).inspect_err(|error| {
@@ -396,7 +389,7 @@ impl SimCommunicator {
                 self.group.fail(error.clone());
             }
         })?;
-        let round = (peers == 0).then(|| {
+        let round = (!peer_to_peer).then(|| {
             let mut state = self.group.state.lock();
             let count = state.submitted.entry(self.rank).or_default();
             *count += 1;
