@@ -120,7 +120,48 @@ pub struct AccessLog {
 }
 
 impl AccessLog {
-    /// Notes an access, or returns the former access that nothing orders it after.
+    /// The former access that nothing orders a new one after, if there is one.
+    pub fn conflict(
+        &self,
+        order: &StreamOrder,
+        stream: StreamId,
+        range: &Range<u64>,
+        write: bool,
+    ) -> Option<&PastAccess> {
+        self.past.iter().find(|p| {
+            (write || p.wrote)
+                && p.stream != stream
+                && p.range.start < range.end
+                && range.start < p.range.end
+                && !order.is_ordered(p.stream, p.sequence, stream)
+        })
+    }
+
+    /// Notes an access that does not conflict. A command notes its accesses only when all of them
+    /// were found free of conflict: one that is refused leaves no trace.
+    pub fn note(&mut self, stream: StreamId, sequence: u64, range: Range<u64>, write: bool) {
+        if range.is_empty() {
+            return;
+        }
+        // The common case: the same stream repeats the access it made last. A read does not stand
+        // for an earlier write, which others may know of without knowing of the read.
+        if let [only] = self.past.as_mut_slice()
+            && only.stream == stream
+            && only.range == range
+            && (write || !only.wrote)
+        {
+            only.sequence = sequence;
+            only.wrote = write;
+            return;
+        }
+        let covers = |p: &PastAccess| range.start <= p.range.start && p.range.end <= range.end;
+        // A write stands for everything it covers, since it is ordered after all of it. A read
+        // stands for earlier reads of its own stream.
+        self.past.retain(|p| !(covers(p) && (write || (p.stream == stream && !p.wrote))));
+        self.past.push(PastAccess { stream, sequence, range, wrote: write });
+    }
+
+    /// Notes an access, or returns the former access that it conflicts with.
     ///
     /// # Errors
     ///
@@ -133,35 +174,10 @@ impl AccessLog {
         range: Range<u64>,
         write: bool,
     ) -> Result<(), PastAccess> {
-        if range.is_empty() {
-            return Ok(());
-        }
-        // The common case: the same stream repeats the access it made last. A read does not stand
-        // for an earlier write, which others may know of without knowing of the read.
-        if let [only] = self.past.as_mut_slice()
-            && only.stream == stream
-            && only.range == range
-            && (write || !only.wrote)
-        {
-            only.sequence = sequence;
-            only.wrote = write;
-            return Ok(());
-        }
-        let conflict = self.past.iter().find(|p| {
-            (write || p.wrote)
-                && p.stream != stream
-                && p.range.start < range.end
-                && range.start < p.range.end
-                && !order.is_ordered(p.stream, p.sequence, stream)
-        });
-        if let Some(conflict) = conflict {
+        if let Some(conflict) = self.conflict(order, stream, &range, write) {
             return Err(conflict.clone());
         }
-        let covers = |p: &PastAccess| range.start <= p.range.start && p.range.end <= range.end;
-        // A write stands for everything it covers, since it is ordered after all of it. A read
-        // stands for earlier reads of its own stream.
-        self.past.retain(|p| !(covers(p) && (write || (p.stream == stream && !p.wrote))));
-        self.past.push(PastAccess { stream, sequence, range, wrote: write });
+        self.note(stream, sequence, range, write);
         Ok(())
     }
 }

@@ -167,7 +167,8 @@ fn what_does_not_fit_is_refused_before_loading() {
 
 #[test]
 fn sampling_is_seeded_and_stays_inside_the_vocabulary() {
-    let mut engine = engine(&tiny_dir(), EngineOptions { vocabulary: Some(300), ..options(Numerics::F32) });
+    let mut engine =
+        engine(&tiny_dir(), EngineOptions { vocabulary: Some(300), ..options(Numerics::F32) });
     let mut run = |seed| {
         let sampling = SamplingParams { temperature: 5.0, top_k: None, top_p: 1.0, seed };
         let options = GenerationOptions { sampling, ignore_eos: true, ..greedy(40) };
@@ -187,7 +188,8 @@ fn simulated_time_is_the_same_on_every_host() {
     let checkpoint = Checkpoint::open(&tiny_dir()).unwrap();
     let run = |threads| {
         let mut engine =
-            Engine::load(device(threads), &checkpoint, options(Numerics::Fp8), &mut |_| {}).unwrap();
+            Engine::load(device(threads), &checkpoint, options(Numerics::Fp8), &mut |_| {})
+                .unwrap();
         engine.generate(&PROMPT, &greedy(8), &mut |_| {}).unwrap().timing.unwrap()
     };
     let timing = run(1);

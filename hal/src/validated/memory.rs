@@ -65,40 +65,48 @@ impl Registry {
         buffers.insert(buffer.id(), tracked);
     }
 
-    /// Notes an access, or says why it is refused. Buffers that came from elsewhere are not known
-    /// and not checked.
-    pub(super) fn access(
+    /// Says why an access is refused, if it is. Buffers that came from elsewhere are not known and
+    /// not checked.
+    pub(super) fn check(
         &self,
         order: &StreamOrder,
-        (stream, sequence): (StreamId, u64),
+        stream: StreamId,
         buffer: BufferId,
-        range: Range<u64>,
+        range: &Range<u64>,
         (needs_contents, writes): (bool, bool),
     ) -> Result<(), Refused> {
-        let mut buffers = self.buffers.lock();
-        let Some(tracked) = buffers.get_mut(&buffer) else { return Ok(()) };
-        if needs_contents && !tracked.written.contains(&range) {
+        let buffers = self.buffers.lock();
+        let Some(tracked) = buffers.get(&buffer) else { return Ok(()) };
+        if needs_contents && !tracked.written.contains(range) {
             return Err(Refused::Unwritten);
         }
-        let noted = tracked.log.access(order, stream, sequence, range.clone(), writes);
-        noted.map_err(Refused::Hazard)?;
+        match tracked.log.conflict(order, stream, range, writes) {
+            Some(past) => Err(Refused::Hazard(past.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Notes an access of a command whose accesses were all checked.
+    pub(super) fn note(
+        &self,
+        at: (StreamId, u64),
+        buffer: BufferId,
+        range: Range<u64>,
+        writes: bool,
+    ) {
+        let mut buffers = self.buffers.lock();
+        let Some(tracked) = buffers.get_mut(&buffer) else { return };
+        tracked.log.note(at.0, at.1, range.clone(), writes);
         if writes {
             tracked.written.add(range);
         }
-        Ok(())
     }
 
     /// Fresh memory belongs to its stream until others wait for it.
-    pub(super) fn note_allocation(
-        &self,
-        order: &StreamOrder,
-        at: (StreamId, u64),
-        buffer: &Buffer,
-    ) {
+    pub(super) fn note_allocation(&self, at: (StreamId, u64), buffer: &Buffer) {
         let mut buffers = self.buffers.lock();
         if let Some(tracked) = buffers.get_mut(&buffer.id()) {
-            // Nobody else can know it yet, so this cannot be refused.
-            let _ = tracked.log.access(order, at.0, at.1, 0..buffer.size(), true);
+            tracked.log.note(at.0, at.1, 0..buffer.size(), true);
         }
     }
 

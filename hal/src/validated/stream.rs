@@ -64,32 +64,29 @@ impl CheckedStream {
     /// Checks what each touch asks of order and contents, and notes them.
     fn touch(&self, subject: &Subject<'_>, touches: &[Touch<'_>]) -> Result<()> {
         let at = (self.inner.id(), self.inner.point().value() + 1);
-        // Reads first: a command may read what it then overwrites, but not what it writes itself.
-        for reads in [true, false] {
-            for t in touches.iter().filter(|t| t.access.reads() == reads) {
-                let flags = (t.access.reads() && t.needs_contents, t.access.writes());
-                let noted = self.shared.registry.access(
-                    &self.shared.order,
-                    at,
-                    t.buffer.id(),
-                    t.range.clone(),
-                    flags,
+        let Shared { order, registry } = &*self.shared;
+        for t in touches {
+            let flags = (t.access.reads() && t.needs_contents, t.access.writes());
+            let checked = registry.check(order, at.0, t.buffer.id(), &t.range, flags);
+            checked.map_err(|refused| {
+                let what = format!(
+                    "{} touches bytes {}..{} of {:?}",
+                    t.name, t.range.start, t.range.end, t.buffer
                 );
-                let (name, buffer, range) = (t.name, t.buffer, &t.range);
-                noted.map_err(|refused| match refused {
-                    Refused::Unwritten => self.refuse(
-                        subject,
-                        format!("{name} reads bytes {}..{} of {buffer:?}, which nothing wrote", range.start, range.end),
-                    ),
-                    Refused::Hazard(past) => self.refuse(
-                        subject,
-                        format!(
-                            "hazard: {name} touches bytes {}..{} of {buffer:?}, and nothing orders it after command {} of {}; wait for a point of that stream first",
-                            range.start, range.end, past.sequence, past.stream
+                self.refuse(
+                    subject,
+                    match refused {
+                        Refused::Unwritten => format!("{what}, which nothing wrote"),
+                        Refused::Hazard(past) => format!(
+                            "hazard: {what}, and nothing orders it after command {} of {}; wait for a point of that stream first",
+                            past.sequence, past.stream
                         ),
-                    ),
-                })?;
-            }
+                    },
+                )
+            })?;
+        }
+        for t in touches {
+            registry.note(at, t.buffer.id(), t.range.clone(), t.access.writes());
         }
         Ok(())
     }
@@ -207,7 +204,7 @@ impl Stream for CheckedStream {
         let buffer = self.inner.alloc(bytes)?;
         let at = (self.inner.id(), self.inner.point().value());
         self.shared.registry.add(&buffer, self.inner.label());
-        self.shared.registry.note_allocation(&self.shared.order, at, &buffer);
+        self.shared.registry.note_allocation(at, &buffer);
         Ok(buffer)
     }
 

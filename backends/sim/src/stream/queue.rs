@@ -282,9 +282,7 @@ impl StreamShared {
     /// Marks fresh memory as written by this stream's last command.
     pub(crate) fn note_allocation(&self, memory: &Memory) {
         let sequence = self.submitted();
-        let order = &self.system.order;
-        let noted = memory.accesses.lock().access(order, self.id, sequence, 0..memory.size, true);
-        debug_assert!(noted.is_ok(), "nobody else knows fresh memory");
+        memory.accesses.lock().note(self.id, sequence, 0..memory.size, true);
     }
 
     /// Accepts a command: the stream works, nothing conflicts with it, the host has issued it.
@@ -301,7 +299,11 @@ impl StreamShared {
         }
         let sequence = queue.submitted + 1;
         for touch in touches {
-            self.check_hazard(touch, sequence, kind, label)?;
+            self.check_hazard(touch, kind, label)?;
+        }
+        for Touch { memory, offset, len, access } in touches {
+            let range = *offset..offset + len;
+            memory.accesses.lock().note(self.id, sequence, range, access.writes());
         }
         let issued = match self.timed() {
             true => {
@@ -328,31 +330,26 @@ impl StreamShared {
         Ok(self.admit(kind, &label, touches)?.push(work))
     }
 
-    fn check_hazard(
-        &self,
-        touch: &Touch<'_>,
-        sequence: u64,
-        kind: CommandKind,
-        label: &Label,
-    ) -> Result<()> {
+    fn check_hazard(&self, touch: &Touch<'_>, kind: CommandKind, label: &Label) -> Result<()> {
         let Touch { memory, offset, len, access } = *touch;
-        let mut log = memory.accesses.lock();
-        let range = offset..offset + len;
-        log.access(&self.system.order, self.id, sequence, range, access.writes()).map_err(|past| {
-            let verb = |writes| if writes { "writes" } else { "reads" };
-            let problem = format!(
-                "hazard: it {} bytes {offset}..{} of buffer {} and nothing orders it after command {} of {}, which {} bytes {}..{}; wait for a point of that stream first",
-                verb(access.writes()),
-                offset + len,
-                memory.id.0,
-                past.sequence,
-                past.stream,
-                verb(past.wrote),
-                past.range.start,
-                past.range.end,
-            );
-            Error::misuse(self.id.device, kind.name(), label, problem)
-        })
+        let (log, range) = (memory.accesses.lock(), offset..offset + len);
+        let conflict = log.conflict(&self.system.order, self.id, &range, access.writes());
+        let Some(past) = conflict else { return Ok(()) };
+        let verb = |writes| if writes { "writes" } else { "reads" };
+        let problem = format!(
+            "hazard: it {} bytes {}..{} of buffer {} and nothing orders it after command {} of {}, \
+             which {} bytes {}..{}; wait for a point of that stream first",
+            verb(access.writes()),
+            range.start,
+            range.end,
+            memory.id.0,
+            past.sequence,
+            past.stream,
+            verb(past.wrote),
+            past.range.start,
+            past.range.end,
+        );
+        Err(Error::misuse(self.id.device, kind.name(), label, problem))
     }
 
     /// Copies host memory to the device: at once if the stream is idle, else from a copy of its
