@@ -119,8 +119,9 @@ impl Memory {
     }
 }
 
+/// As slice indices. Nothing lies nowhere: a view without elements may begin anywhere.
 fn range(offset: u64, len: u64) -> std::ops::Range<usize> {
-    offset as usize..(offset + len) as usize
+    if len == 0 { 0..0 } else { offset as usize..(offset + len) as usize }
 }
 
 /// An operand of a queued command: like [`Tensor`], but holding the memory rather than the user's

@@ -61,11 +61,12 @@ impl<'g> Args<'g> {
 }
 
 fn elements<T: Pod>(bytes: &[u8]) -> &[T] {
-    bytemuck::cast_slice(bytes)
+    // An empty slice need not be aligned.
+    if bytes.is_empty() { &[] } else { bytemuck::cast_slice(bytes) }
 }
 
 fn elements_mut<T: Pod>(bytes: &mut [u8]) -> &mut [T] {
-    bytemuck::cast_slice_mut(bytes)
+    if bytes.is_empty() { &mut [] } else { bytemuck::cast_slice_mut(bytes) }
 }
 
 /// A strided tensor that is read. Element 0 of `data` is the tensor's first element, and `data`

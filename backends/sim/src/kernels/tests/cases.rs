@@ -1,0 +1,391 @@
+//! Ops with operands: small and odd shapes, every dtype, strided views.
+
+use crate::memory::{Memory, SimTensor};
+use hal::op::*;
+use hal::{DType, DeviceId, Op, TensorDesc};
+use half::bf16;
+use std::sync::Arc;
+
+/// SplitMix64.
+pub(super) struct Rng(pub(super) u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// From 0 to 1.
+    pub(super) fn unit(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// About normal.
+    pub(super) fn normal(&mut self) -> f64 {
+        (0..12).map(|_| self.unit()).sum::<f64>() - 6.0
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+}
+
+fn encode(dtype: DType, value: f64) -> Vec<u8> {
+    match dtype {
+        DType::F32 => (value as f32).to_le_bytes().to_vec(),
+        DType::Bf16 => bf16::from_f64(value).to_le_bytes().to_vec(),
+        DType::I32 => (value as i32).to_le_bytes().to_vec(),
+        _ => vec![super::reference::nearest_e4m3(value)],
+    }
+}
+
+/// A contiguous tensor with these values.
+pub(super) fn tensor(
+    dtype: DType,
+    shape: &[usize],
+    mut value: impl FnMut(usize) -> f64,
+) -> SimTensor {
+    let desc = TensorDesc::new(dtype, shape);
+    let memory = Memory::new(DeviceId(0), desc.bytes(), true).unwrap();
+    let bytes: Vec<u8> = (0..desc.elements()).flat_map(|i| encode(dtype, value(i))).collect();
+    memory.try_write(0, desc.bytes(), |m| m.copy_from_slice(&bytes)).unwrap();
+    SimTensor { memory: Arc::new(memory), offset: 0, desc }
+}
+
+/// A vector of integers.
+pub(super) fn ints(values: &[i32]) -> SimTensor {
+    tensor(DType::I32, &[values.len()], |i| f64::from(values[i]))
+}
+
+fn matrix(values: SimTensor, shape: &[usize]) -> SimTensor {
+    SimTensor { desc: TensorDesc::new(values.desc.dtype(), shape), ..values }
+}
+
+fn columns(t: SimTensor, start: usize, len: usize) -> SimTensor {
+    let (offset, desc) = t.desc.columns(start, len);
+    SimTensor { offset, desc, ..t }
+}
+
+struct Maker {
+    rng: Rng,
+    dtype: DType,
+}
+
+impl Maker {
+    fn random(&mut self, shape: &[usize]) -> SimTensor {
+        self.random_of(self.dtype, shape)
+    }
+
+    fn random_of(&mut self, dtype: DType, shape: &[usize]) -> SimTensor {
+        let rng = &mut self.rng;
+        tensor(dtype, shape, |_| rng.normal())
+    }
+
+    /// Columns of a wider tensor, so that rows have gaps between them.
+    fn strided(&mut self, rows: usize, width: usize) -> SimTensor {
+        let wide = self.random(&[rows, width + 5]);
+        columns(wide, 3, width)
+    }
+
+    fn scales(&mut self, shape: &[usize]) -> SimTensor {
+        let rng = &mut self.rng;
+        tensor(DType::F32, shape, |_| rng.unit() + 0.01)
+    }
+}
+
+fn add_linear(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DType) {
+    let grids = [
+        BlockGrid::default(),
+        BlockGrid { row_offset: 64, column_offset: 64, segments: 1 },
+        BlockGrid { row_offset: 100, column_offset: 3, segments: 2 },
+    ];
+    let fp8 = dtype == DType::F8E4M3;
+    for grid in grids.into_iter().take(if fp8 { 3 } else { 1 }) {
+        for (t, n, k) in [(1, 2, 1), (3, 6, 17), (2, 10, 128), (9, 130, 200), (5, 34, 300)] {
+            let groups = grid.scale_columns(k);
+            let scales = |m: &mut Maker, shape: &[usize]| fp8.then(|| m.scales(shape));
+            let out = if t % 2 == 1 { DType::F32 } else { DType::Bf16 };
+            let linear = Linear {
+                x: m.random_of(dtype, &[t, k]),
+                x_scales: scales(m, &[t, groups]),
+                w: m.random_of(dtype, &[n, k]),
+                w_scales: scales(m, &[grid.scale_rows(n), groups]),
+                out: m.random_of(out, &[t, n]),
+                grid,
+            };
+            all.push((format!("linear {dtype} {t}x{n}x{k} {grid:?}"), linear.into()));
+            let grouped = GroupedLinear {
+                x: m.random_of(dtype, &[t + 2, k]),
+                x_scales: scales(m, &[t + 2, groups]),
+                w: m.random_of(dtype, &[3, n, k]),
+                w_scales: scales(m, &[3, grid.scale_rows(n), groups]),
+                offsets: ints(&[0, t as i32 - 1, t as i32 - 1, t as i32 + 1]),
+                out: m.random_of(out, &[t + 2, n]),
+                grid,
+                routing: Routing::default(),
+            };
+            all.push((format!("grouped {dtype} {t}x{n}x{k} {grid:?}"), grouped.into()));
+        }
+    }
+}
+
+fn add_rowwise(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DType) {
+    for (t, h) in [(0, 8), (1, 1), (3, 17), (2, 128), (5, 300)] {
+        let mut add =
+            |name: &str, op: Op<SimTensor>| all.push((format!("{name} {dtype} {t}x{h}"), op));
+        let rows: Vec<i32> = (0..t).map(|i| (i * 7 % 11) as i32).collect();
+        let (table, out) = (m.random(&[6, h]), m.strided(t, h));
+        let gather = GatherRows { table, rows: ints(&rows), out, first_row: 3, total_rows: 11 };
+        add("gather", gather.into());
+        for residual in [None, Some(m.strided(t, h))] {
+            let (x, weight, out) = (m.strided(t, h), m.random(&[h]), m.strided(t, h));
+            add("norm", RmsNorm { x, weight, residual, out, eps: 1e-6 }.into());
+        }
+        for (column_offset, scale_format) in
+            [(0, ScaleFormat::Float), (65, ScaleFormat::PowerOfTwo)]
+        {
+            let grid = BlockGrid { column_offset, ..BlockGrid::default() };
+            let (x, q) = (m.strided(t, h), m.random_of(DType::F8E4M3, &[t, h]));
+            let scales = m.scales(&[t, grid.scale_columns(h)]);
+            add("quantize", Quantize { x, q, scales, column_offset, scale_format }.into());
+        }
+        let grid = BlockGrid { row_offset: 1, column_offset: 2, segments: 2 };
+        let w = m.random_of(DType::F8E4M3, &[2, 2 * t, h]);
+        let w_scales = m.scales(&[2, grid.scale_rows(2 * t), grid.scale_columns(h)]);
+        let out = m.random(&[2, 2 * t, h]);
+        add("dequantize", Dequantize { w, w_scales, out, grid }.into());
+        let (x, out) = (m.strided(t, 2 * h), m.strided(t, h));
+        add("swiglu", SwiGlu { x, out }.into());
+        let (a, b) = (m.strided(t, h), m.strided(t, h));
+        add("add", Add { a: a.clone(), b: b.clone(), out: m.strided(t, h) }.into());
+        add("add to a", Add { a: a.clone(), b: b.clone(), out: a.clone() }.into());
+        add("add to b", Add { a: a.clone(), b: b.clone(), out: b }.into());
+        add("double", Add { a: a.clone(), b: a.clone(), out: a }.into());
+        for to in [DType::F32, DType::Bf16] {
+            add("cast", Cast { x: m.strided(t, h), out: m.random_of(to, &[t, h]) }.into());
+        }
+        add("copy", Copy { x: m.strided(t, h), out: m.strided(t, h) }.into());
+        let limit = (h as u32).div_ceil(2);
+        let numbers = m.random_of(DType::I32, &[t]);
+        add("argmax", ArgMax { x: m.strided(t, h), out: numbers, limit }.into());
+        let k = (limit as usize).min(4);
+        let (values, indices) =
+            (m.random_of(DType::F32, &[t, k]), m.random_of(DType::I32, &[t, k]));
+        add("top_k", TopK { x: m.strided(t, h), values, indices, limit }.into());
+    }
+}
+
+/// Sequences with new tokens and keys in all.
+const SEQUENCES: &[&[(usize, usize)]] = &[&[(1, 1)], &[(3, 3), (1, 9)], &[(2, 5), (0, 4), (7, 40)]];
+
+fn starts(lengths: impl Iterator<Item = usize>) -> SimTensor {
+    let mut all = vec![0];
+    for n in lengths {
+        all.push(all.last().unwrap() + n as i32);
+    }
+    ints(&all)
+}
+
+fn add_attention(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DType) {
+    let page_size = 4;
+    for sequences in SEQUENCES {
+        let (tokens, keys) = sequences.iter().fold((0, 0), |(t, k), s| (t + s.0, k + s.1));
+        for (h, nope, rope, v, rank) in [(1, 1, 2, 1, 3), (3, 16, 6, 24, 70)] {
+            let mut add = |name: &str, op: Op<SimTensor>| {
+                all.push((format!("{name} {dtype} {sequences:?} h={h} nope={nope}"), op));
+            };
+            let mut work = AttentionWork::default();
+            sequences.iter().for_each(|s| work.add(s.0 as u64, s.1 as u64));
+            let (q_starts, kv_starts) =
+                (starts(sequences.iter().map(|s| s.0)), starts(sequences.iter().map(|s| s.1)));
+            let k_rope = m.strided(keys, rope);
+            let prefill = MlaPrefill {
+                q: m.random(&[tokens, h, nope + rope]),
+                kv: m.random(&[keys, h, nope + v]),
+                k_rope,
+                q_starts: q_starts.clone(),
+                kv_starts: kv_starts.clone(),
+                out: m.random(&[tokens, h, v]),
+                scale: 0.3,
+                work,
+            };
+            add("prefill", prefill.into());
+            // Pages scattered over a larger cache.
+            let max_pages = sequences.iter().map(|s| s.1.div_ceil(page_size)).max().unwrap();
+            let pages = sequences.len() * max_pages;
+            let table: Vec<i32> =
+                (0..pages).map(|i| ((i * 5 + 2) % (pages * 5 / 5)) as i32).collect();
+            let block_table = matrix(ints(&table), &[sequences.len(), max_pages]);
+            let cache = m.random(&[pages, page_size, rank + rope]);
+            let lens: Vec<i32> = sequences.iter().map(|s| s.1 as i32).collect();
+            let q = m.random(&[tokens, h, rank + rope]);
+            let decode = MlaDecode {
+                q_latent: columns(q.clone(), 0, rank),
+                q_rope: columns(q, rank, rope),
+                cache: cache.clone(),
+                block_table: block_table.clone(),
+                q_starts,
+                kv_lens: ints(&lens),
+                out: m.random(&[tokens, h, rank]),
+                scale: 0.3,
+                work,
+            };
+            add("decode", decode.into());
+            let out = m.random(&[keys, rank + rope]);
+            add(
+                "cache read",
+                CacheRead { cache: cache.clone(), block_table, kv_starts, out }.into(),
+            );
+            let slots: Vec<i32> = (0..tokens)
+                .map(|i| if i == 1 { -1 } else { (i * 3 % (pages * 4)) as i32 })
+                .collect();
+            let (latent, k_rope) = (m.strided(tokens, rank), m.strided(tokens, rope));
+            let distinct: std::collections::BTreeSet<_> = slots.iter().collect();
+            if distinct.len() == slots.len() {
+                add(
+                    "cache write",
+                    CacheWrite { latent, k_rope, slots: ints(&slots), cache }.into(),
+                );
+            }
+            let positions: Vec<i32> = (0..tokens).map(|i| (i * 4 % 9) as i32).collect();
+            let x = m.random(&[tokens, h, nope + rope]);
+            let table = m.random_of(DType::F32, &[9, rope]);
+            add(
+                "rope",
+                Rope { x: columns(x, nope, rope), positions: ints(&positions), table }.into(),
+            );
+            for k_major in [false, true] {
+                let x = m.random(&[tokens, h, nope + rope]);
+                let (w, n) = (m.random(&[h, nope + v, rank]), if k_major { rank } else { v });
+                let (start, len) = if k_major { (0, nope) } else { (nope, v) };
+                let (offset, desc) = w.desc.narrowed(1, start, len);
+                let w = SimTensor { offset, desc, ..w };
+                let x = if k_major { columns(x, 0, nope) } else { m.random(&[tokens, h, rank]) };
+                let out = m.random(&[tokens, h, n]);
+                add("batched", BatchedLinear { x, w, out, k_major }.into());
+            }
+        }
+    }
+}
+
+fn add_experts(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DType) {
+    for (t, e, k, groups, kept) in [(1, 4, 1, 1, 1), (5, 8, 2, 4, 2), (33, 16, 3, 4, 3)] {
+        let mut add =
+            |name: &str, op: Op<SimTensor>| all.push((format!("{name} {dtype} t={t} e={e}"), op));
+        let chosen: Vec<i32> = (0..t * k).map(|_| m.rng.below(e) as i32).collect();
+        for shift in [0.0, -2.0] {
+            let rng = &mut m.rng;
+            let bias = tensor(DType::F32, &[e], |_| rng.normal() * 0.1 + shift);
+            let gate = Gate {
+                logits: m.random_of(DType::F32, &[t, e]),
+                bias: Some(bias),
+                experts: m.random_of(DType::I32, &[t, k]),
+                weights: m.random_of(DType::F32, &[t, k]),
+                groups,
+                groups_kept: kept,
+                normalize: shift == 0.0,
+                scale: 2.5,
+            };
+            add("gate", gate.into());
+        }
+        let experts = || matrix(ints(&chosen), &[t, k]);
+        for (first_expert, local) in [(0, e), (1, e - 2)] {
+            let fp8 = dtype == DType::F8E4M3;
+            let permute = MoePermute {
+                x: m.random(&[t, 10]),
+                x_scales: fp8.then(|| m.scales(&[t, 1])),
+                experts: experts(),
+                out: m.random(&[t * k, 10]),
+                out_scales: fp8.then(|| m.scales(&[t * k, 1])),
+                offsets: m.random_of(DType::I32, &[local + 1]),
+                rows: m.random_of(DType::I32, &[t, k]),
+                first_expert,
+                total_experts: e as u32,
+            };
+            add("permute", permute.into());
+        }
+        if dtype != DType::F8E4M3 {
+            for base in [None, Some(m.strided(t, 10))] {
+                let rows: Vec<i32> =
+                    (0..t * k).map(|i| if i % 4 == 3 { -1 } else { i as i32 }).collect();
+                let (y, weights) = (m.random(&[t * k, 10]), m.random_of(DType::F32, &[t, k]));
+                let (rows, out) = (matrix(ints(&rows), &[t, k]), m.random(&[t, 10]));
+                add("combine", MoeCombine { y, rows, weights, base, out }.into());
+            }
+        }
+    }
+}
+
+/// Every op over a grid of shapes and dtypes, with random operands.
+pub(super) fn cases() -> Vec<(String, Op<SimTensor>)> {
+    let mut all = Vec::new();
+    for dtype in [DType::F32, DType::Bf16, DType::F8E4M3] {
+        let mut m = Maker { rng: Rng(1), dtype };
+        add_linear(&mut all, &mut m, dtype);
+        add_experts(&mut all, &mut m, dtype);
+        if dtype != DType::F8E4M3 {
+            add_rowwise(&mut all, &mut m, dtype);
+            add_attention(&mut all, &mut m, dtype);
+        }
+    }
+    for (name, op) in &all {
+        assert_eq!(hal::op::check(&op.desc()), Ok(()), "{name}");
+    }
+    all
+}
+
+/// Ops whose index operands point outside, and words of the error.
+pub(super) fn hostile() -> Vec<(&'static str, Op<SimTensor>, &'static str)> {
+    let f = |shape: &[usize]| tensor(DType::F32, shape, |_| 1.0);
+    let decode = |pages: &[i32], q_starts: &[i32], kv_lens: &[i32]| -> Op<SimTensor> {
+        MlaDecode {
+            q_latent: f(&[2, 1, 3]),
+            q_rope: f(&[2, 1, 2]),
+            cache: f(&[4, 2, 5]),
+            block_table: matrix(ints(pages), &[1, 2]),
+            q_starts: ints(q_starts),
+            kv_lens: ints(kv_lens),
+            out: f(&[2, 1, 3]),
+            scale: 1.0,
+            work: AttentionWork::default(),
+        }
+        .into()
+    };
+    let permute = |expert: i32| -> Op<SimTensor> {
+        MoePermute {
+            x: f(&[1, 2]),
+            x_scales: None,
+            experts: matrix(ints(&[expert]), &[1, 1]),
+            out: f(&[1, 2]),
+            out_scales: None,
+            offsets: ints(&[0, 0, 0]),
+            rows: matrix(ints(&[0]), &[1, 1]),
+            first_expert: 0,
+            total_experts: 2,
+        }
+        .into()
+    };
+    let combine = |row: i32| -> Op<SimTensor> {
+        let rows = matrix(ints(&[row]), &[1, 1]);
+        MoeCombine { y: f(&[1, 2]), rows, weights: f(&[1, 1]), base: None, out: f(&[1, 2]) }.into()
+    };
+    let write = |slot: i32| -> Op<SimTensor> {
+        let (latent, k_rope) = (f(&[1, 3]), f(&[1, 2]));
+        CacheWrite { latent, k_rope, slots: ints(&[slot]), cache: f(&[4, 2, 5]) }.into()
+    };
+    vec![
+        ("page", decode(&[0, 9], &[0, 2], &[4]), "page 9 is not one of the cache's 4"),
+        ("negative page", decode(&[-1, 0], &[0, 2], &[4]), "page -1"),
+        ("too many keys", decode(&[0, 1], &[0, 2], &[5]), "5 keys need 3 pages"),
+        ("negative keys", decode(&[0, 1], &[0, 2], &[-4]), "-4 keys"),
+        ("fewer keys than queries", decode(&[0, 1], &[0, 2], &[1]), "2 queries but 1 keys"),
+        ("starts", decode(&[0, 1], &[0, 3], &[4]), "at most 2"),
+        ("expert", permute(2), "expert 2"),
+        ("negative expert", permute(-1), "expert -1"),
+        ("row", combine(1), "row 1 of token 0"),
+        ("slot", write(8), "slot 8"),
+    ]
+}

@@ -1,0 +1,253 @@
+//! Kernels against f64, and the promise that nothing but the operands decides the bits.
+
+mod cases;
+mod reference;
+
+use super::{Args, Context, Isa, run};
+use crate::memory::{Guards, SimTensor, args, spans};
+use cases::{Rng, cases, ints, tensor};
+use hal::op::{Access, ArgMax, BlockGrid, Gate, GatherRows, GroupedLinear, Linear, Rope, Routing};
+use hal::{DType, Op, OpKind};
+use std::collections::BTreeSet;
+
+const PLAIN: Context = Context { isa: Isa::Portable, threads: 1 };
+
+fn execute(op: &Op<SimTensor>, ctx: &Context) -> Result<super::Outcome, String> {
+    let spans = spans(op);
+    let mut guards = Guards::lock(&spans).unwrap();
+    let slots = guards.carve(&spans).unwrap();
+    run(&args(op), &mut Args::new(slots), ctx)
+}
+
+/// The written operands, with their names.
+fn written(op: &Op<SimTensor>) -> Vec<(&'static str, &SimTensor)> {
+    let mut out = Vec::new();
+    op.visit(|name, access, t| {
+        if access.writes() {
+            out.push((name, t));
+        }
+    });
+    out
+}
+
+fn bytes(t: &SimTensor) -> Vec<u8> {
+    t.memory.try_read(0, t.memory.size, <[u8]>::to_vec).unwrap()
+}
+
+fn restore(t: &SimTensor, saved: &[u8]) {
+    t.memory.try_write(0, t.memory.size, |m| m.copy_from_slice(saved)).unwrap();
+}
+
+/// Largest error allowed, relative to the largest value of the output.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        // Half a step of BF16, and a little for sums that fall near a boundary.
+        DType::Bf16 => 2f64.powi(-8),
+        DType::F32 => 2e-6,
+        // FP8 and integers are exact: the reference rounds as the format does.
+        _ => 0.0,
+    }
+}
+
+#[test]
+fn every_op_agrees_with_f64() {
+    let mut seen = BTreeSet::new();
+    for (name, op) in cases() {
+        seen.insert(op.kind());
+        let expected = reference::run(&op);
+        execute(&op, &PLAIN).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let outputs = written(&op);
+        assert_eq!(outputs.len(), expected.len(), "{name}");
+        for ((operand, tensor), expected) in outputs.into_iter().zip(expected) {
+            let got = reference::get(tensor).v;
+            let largest =
+                expected.iter().filter(|v| v.is_finite()).fold(0.0, |m: f64, v| m.max(v.abs()));
+            let allowed = tolerance(tensor.desc.dtype()) * largest;
+            for (i, (got, want)) in got.iter().zip(&expected).enumerate() {
+                // NaN marks what the op leaves alone.
+                let off = (got - want).abs();
+                assert!(
+                    want.is_nan() || off <= allowed,
+                    "{name}: {operand}[{i}] is {got}, expected {want}"
+                );
+            }
+        }
+    }
+    let all: BTreeSet<_> = OpKind::ALL.iter().copied().collect();
+    assert_eq!(seen, all, "every op has cases");
+}
+
+#[test]
+fn bits_do_not_depend_on_threads_or_instruction_set() {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+    for (name, op) in cases() {
+        let before: Vec<_> = written(&op).iter().map(|(_, t)| bytes(t)).collect();
+        let run = |ctx: &Context| {
+            written(&op).iter().zip(&before).for_each(|((_, t), saved)| restore(t, saved));
+            execute(&op, ctx).unwrap();
+            written(&op).iter().map(|(_, t)| bytes(t)).collect::<Vec<_>>()
+        };
+        let expected = run(&PLAIN);
+        for isa in Isa::available() {
+            for threads in [1, 3] {
+                let got = pool.install(|| run(&Context { isa, threads }));
+                assert_eq!(got, expected, "{name} on {isa:?} with {threads} threads");
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_is_written_outside_the_outputs() {
+    for (name, op) in cases() {
+        let mut others = Vec::new();
+        op.visit(|operand, access, t| {
+            if access == Access::Read {
+                others.push((operand, t, bytes(t)));
+            }
+        });
+        let gaps = |t: &SimTensor| {
+            // Bytes of the buffer that belong to no element of the view.
+            let mut outside = vec![true; t.memory.size as usize];
+            let size = t.desc.dtype().size();
+            for flat in 0..t.desc.elements() {
+                let (mut rest, mut at) = (flat, t.offset as usize);
+                for axis in (0..t.desc.rank()).rev() {
+                    at += (rest % t.desc.dim(axis)) * t.desc.stride(axis) * size;
+                    rest /= t.desc.dim(axis);
+                }
+                outside[at..at + size].fill(false);
+            }
+            let bytes = bytes(t);
+            outside.iter().zip(bytes).filter(|(out, _)| **out).map(|(_, b)| b).collect::<Vec<_>>()
+        };
+        let before: Vec<_> = written(&op).iter().map(|(_, t)| gaps(t)).collect();
+        execute(&op, &Context { isa: Isa::detect(), threads: 1 }).unwrap();
+        for ((operand, t), before) in written(&op).iter().zip(before) {
+            assert_eq!(gaps(t), before, "{name}: around {operand}");
+        }
+        let aliased = |t: &SimTensor| written(&op).iter().any(|(_, w)| w.memory.id == t.memory.id);
+        for (operand, t, before) in others {
+            assert!(aliased(t) || bytes(t) == before, "{name}: {operand} is only read");
+        }
+    }
+}
+
+/// A linear op over some rows of the same activations.
+fn linear_rows(dtype: DType, rows: std::ops::Range<usize>) -> Op<SimTensor> {
+    let mut rng = Rng(7);
+    let (k, n) = (300, 70);
+    let x = tensor(dtype, &[20, k], |_| rng.normal());
+    let w = tensor(dtype, &[n, k], |_| rng.normal());
+    let fp8 = dtype == DType::F8E4M3;
+    let mut scales = |shape: &[usize]| fp8.then(|| tensor(DType::F32, shape, |_| rng.unit() + 0.5));
+    let (x_scales, w_scales) = (scales(&[20, 3]), scales(&[1, 3]));
+    let part = |t: SimTensor| {
+        let (offset, desc) = t.desc.narrowed(0, rows.start, rows.len());
+        SimTensor { offset, desc, ..t }
+    };
+    let out = tensor(DType::F32, &[rows.len(), n], |_| 0.0);
+    let (x, x_scales) = (part(x), x_scales.map(part));
+    Linear { x, x_scales, w, w_scales, out, grid: BlockGrid::default() }.into()
+}
+
+#[test]
+fn a_row_is_the_same_alone_and_in_any_batch() {
+    for dtype in [DType::F32, DType::Bf16, DType::F8E4M3] {
+        for isa in Isa::available() {
+            let run = |rows: std::ops::Range<usize>| {
+                let op = linear_rows(dtype, rows);
+                execute(&op, &Context { isa, threads: 1 }).unwrap();
+                let (_, out) = written(&op)[0];
+                reference::get(out).v
+            };
+            let all = run(0..20);
+            for rows in [0..1, 3..4, 19..20, 2..5, 5..12, 1..19] {
+                let start = rows.start;
+                let part = run(rows);
+                assert_eq!(part, all[start * 70..start * 70 + part.len()], "{dtype} from {start}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_fp8_nan_reaches_the_result() {
+    for isa in Isa::available() {
+        for rows in [0..1, 0..20] {
+            let op = linear_rows(DType::F8E4M3, rows.clone());
+            let Op::Linear(o) = &op else { unreachable!("it is a linear op") };
+            // Weight row 5, column 299: in the tail of the last group.
+            o.w.memory.try_write(5 * 300 + 299, 1, |b| b[0] = 0xff).unwrap();
+            execute(&op, &Context { isa, threads: 1 }).unwrap();
+            let out = reference::get(&o.out).v;
+            let nans = out.iter().enumerate().filter(|(_, v)| v.is_nan()).map(|(i, _)| i % 70);
+            assert_eq!(nans.collect::<Vec<_>>(), vec![5; rows.len()]);
+        }
+    }
+}
+
+#[test]
+fn hostile_values_are_errors_not_panics() {
+    let f = |shape: &[usize]| tensor(DType::F32, shape, |_| 1.0);
+    let gather = |row| -> Op<SimTensor> {
+        GatherRows {
+            table: f(&[4, 2]),
+            rows: ints(&[row]),
+            out: f(&[1, 2]),
+            first_row: 0,
+            total_rows: 4,
+        }
+        .into()
+    };
+    let rope = |position| -> Op<SimTensor> {
+        Rope { x: f(&[1, 1, 2]), positions: ints(&[position]), table: f(&[3, 2]) }.into()
+    };
+    let grouped = |offsets: &[i32]| -> Op<SimTensor> {
+        GroupedLinear {
+            x: f(&[3, 4]),
+            x_scales: None,
+            w: f(&[2, 5, 4]),
+            w_scales: None,
+            offsets: ints(offsets),
+            out: f(&[3, 5]),
+            grid: BlockGrid::default(),
+            routing: Routing::default(),
+        }
+        .into()
+    };
+    let argmax = |value: f64| -> Op<SimTensor> {
+        ArgMax { x: tensor(DType::F32, &[1, 3], |_| value), out: ints(&[0]), limit: 3 }.into()
+    };
+    for (op, words) in [
+        (gather(4), "row 4"),
+        (gather(-1), "row -1"),
+        (rope(3), "position 3"),
+        (rope(-7), "position -7"),
+        (grouped(&[0, 2, 4]), "at most 3 rows"),
+        (grouped(&[0, 2, 1]), "do not ascend"),
+        (grouped(&[1, 2, 3]), "from 0"),
+        (grouped(&[0, -1, 3]), "do not ascend"),
+        (argmax(f64::NAN), "NaN at 0"),
+    ] {
+        let error = execute(&op, &PLAIN).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+    for (name, op, words) in cases::hostile() {
+        let error = execute(&op, &PLAIN).unwrap_err();
+        assert!(error.contains(words), "{name}: {error}");
+    }
+}
+
+#[test]
+fn ties_go_to_the_lower_number() {
+    let experts = ints(&[0, 0]);
+    let weights = tensor(DType::F32, &[1, 2], |_| 0.0);
+    let logits = tensor(DType::F32, &[1, 6], |_| 0.25);
+    let (groups, groups_kept, normalize, scale) = (3, 2, true, 1.0);
+    let experts = SimTensor { desc: hal::TensorDesc::new(DType::I32, &[1, 2]), ..experts };
+    let gate: Op<SimTensor> =
+        Gate { logits, bias: None, experts, weights, groups, groups_kept, normalize, scale }.into();
+    execute(&gate, &PLAIN).unwrap();
+    assert_eq!(reference::get(written(&gate)[0].1).v, [0.0, 1.0]);
+}
