@@ -229,10 +229,13 @@ mod tests {
         assert!(!order.is_ordered(stream(0), 8, stream(9)));
     }
 
+    type Waits = Vec<(StreamId, u64)>;
+
     /// A naive model: every past access kept, order by reachability in an explicit graph.
     #[derive(Default)]
     struct Naive {
-        commands: Vec<(StreamId, u64, Vec<(StreamId, u64)>)>,
+        /// Per command its place, and the points that it waited for.
+        commands: Vec<(StreamId, u64, Waits)>,
         accesses: Vec<PastAccess>,
     }
 

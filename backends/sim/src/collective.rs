@@ -164,10 +164,8 @@ impl Submission {
             let mut state = self.group.state.lock();
             if let Some(failure) = state.failure.clone() {
                 drop(state);
-                if let Some(held) = batch.held.lock().take() {
-                    held.fail(failure);
-                }
-                return;
+                let held = batch.held.lock().take();
+                return held.into_iter().for_each(|held| held.fail(failure.clone()));
             }
             let State { sends, receives, .. } = &mut *state;
             for part in self.parts.iter() {

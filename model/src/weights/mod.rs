@@ -2,7 +2,7 @@
 //! tensors of the checkpoint they come from.
 //!
 //! [`plan`] lists them from the configuration alone, so that a model that does not fit is refused
-//! before anything is read; [`load`] brings them to a die.
+//! before anything is read; [`load()`] brings them to a die.
 
 mod load;
 

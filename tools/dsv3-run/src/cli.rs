@@ -121,13 +121,13 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub(crate) max_tokens: usize,
     /// 0 chooses the most likely token; DeepSeek recommends 0.3 for V3-0324.
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     pub(crate) temperature: f64,
     /// Sample from this many of the most likely tokens only.
     #[arg(long, value_name = "K")]
     pub(crate) top_k: Option<usize>,
     /// Sample from the most likely tokens that together have this probability.
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     pub(crate) top_p: f64,
     /// Seed of the sampling; equal seeds give equal text.
     #[arg(long, value_name = "N", default_value_t = 0)]

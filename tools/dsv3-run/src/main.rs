@@ -1,7 +1,7 @@
 //! `dsv3-run`: runs, times and checks DeepSeek-V3 on a VACC-style accelerator or its simulator.
 //!
 //! This is the only crate that names backends, prints and exits.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool prints")]
+#![expect(clippy::print_stderr, reason = "a command-line tool prints")]
 
 mod checkpoint;
 mod cli;
@@ -61,6 +61,9 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 }
 
 fn exit_status(error: &anyhow::Error) -> u8 {
-    let from_device = error.chain().any(|cause| cause.is::<hal::Error>());
-    if from_device { FAILED } else { BAD_INPUT }
+    let from_device = |cause: &(dyn std::error::Error + 'static)| {
+        cause.is::<hal::Error>()
+            || matches!(cause.downcast_ref(), Some(model::engine::EngineError::Device(_)))
+    };
+    if error.chain().any(from_device) { FAILED } else { BAD_INPUT }
 }

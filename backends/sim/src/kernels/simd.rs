@@ -397,7 +397,11 @@ macro_rules! kernel {
             isa: $crate::kernels::simd::Isa, $($arg: $ty),*
         ) $(-> $ret)? {
             #[inline(always)]
-            #[allow(clippy::too_many_arguments, reason = "as above")]
+            #[allow(
+                clippy::too_many_arguments,
+                clippy::needless_range_loop,
+                reason = "as above; and registers are numbered, not iterated over"
+            )]
             fn body<$L: $crate::kernels::simd::Lanes, $($T: $bound,)* $($(const $C: usize,)+)?>(
                 $($arg: $ty),*
             ) $(-> $ret)? $body
