@@ -18,6 +18,7 @@
 mod collective;
 pub mod cost;
 mod device;
+pub mod host;
 mod kernels;
 pub mod machine;
 mod memory;

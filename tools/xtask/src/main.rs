@@ -3,6 +3,7 @@
 
 mod licences;
 mod rules;
+mod speed;
 
 use anyhow::{Context, ensure};
 use clap::{Parser, Subcommand};
@@ -27,6 +28,12 @@ enum Task {
     },
     /// Licences of all dependencies against deny.toml, offline; cargo-deny too where installed.
     Licences,
+    /// The speed claims of the README, measured on this host.
+    Speed {
+        /// A Python with oracle/requirements.txt installed, to measure transformers as well.
+        #[arg(long, value_name = "PATH")]
+        python: Option<PathBuf>,
+    },
     /// The architecture's rules that can be read off the sources.
     Rules,
 }
@@ -35,6 +42,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Ci { skip_tests } => ci(skip_tests),
         Task::Licences => licences::check(&root()),
+        Task::Speed { python } => speed::measure(&root(), python.as_deref()),
         Task::Rules => rules::check(&root()),
     };
     match result {
