@@ -377,16 +377,19 @@ fn rows<W: Product>(
     x: &Activations,
     out: &mut [f32],
 ) {
-    let tokens = group.tokens.clone();
-    let count = tokens.len();
+    let count = group.tokens.len();
+    if count == 0 {
+        return;
+    }
+    // Taller tiles for single tokens were tried and are no faster: memory sets the pace.
     let mut n = first;
     let mut blocks = out.chunks_exact_mut(ROWS * count);
     for block in &mut blocks {
-        W::block::<ROWS>(ctx, &group.weight, n, x, tokens.clone(), block);
+        W::block::<ROWS>(ctx, &group.weight, n, x, group.tokens.clone(), block);
         n += ROWS;
     }
     for row in blocks.into_remainder().chunks_exact_mut(count) {
-        W::block::<1>(ctx, &group.weight, n, x, tokens.clone(), row);
+        W::block::<1>(ctx, &group.weight, n, x, group.tokens.clone(), row);
         n += 1;
     }
 }

@@ -104,7 +104,15 @@ fn add_linear(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DTyp
     ];
     let fp8 = dtype == DType::F8E4M3;
     for grid in grids.into_iter().take(if fp8 { 3 } else { 1 }) {
-        for (t, n, k) in [(1, 2, 1), (3, 6, 17), (2, 10, 128), (9, 130, 200), (5, 34, 300)] {
+        for (t, n, k) in [
+            (0, 3, 4),
+            (1, 2, 1),
+            (1, 23, 40),
+            (3, 6, 17),
+            (2, 10, 128),
+            (9, 130, 200),
+            (5, 34, 300),
+        ] {
             let groups = grid.scale_columns(k);
             let scales = |m: &mut Maker, shape: &[usize]| fp8.then(|| m.scales(shape));
             let out = if t % 2 == 1 { DType::F32 } else { DType::Bf16 };
@@ -122,7 +130,7 @@ fn add_linear(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DTyp
                 x_scales: scales(m, &[t + 2, groups]),
                 w: m.random_of(dtype, &[3, n, k]),
                 w_scales: scales(m, &[3, grid.scale_rows(n), groups]),
-                offsets: ints(&[0, t as i32 - 1, t as i32 - 1, t as i32 + 1]),
+                offsets: ints(&[0, t as i32 / 2, t as i32 / 2, t as i32 + 1]),
                 out: m.random_of(out, &[t + 2, n]),
                 grid,
                 routing: Routing::default(),
