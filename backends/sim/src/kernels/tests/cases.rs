@@ -105,9 +105,9 @@ fn add_linear(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DTyp
     let fp8 = dtype == DType::F8E4M3;
     for grid in grids.into_iter().take(if fp8 { 3 } else { 1 }) {
         for (t, n, k) in [
-            (0, 3, 4),
+            (0, 4, 4),
             (1, 2, 1),
-            (1, 23, 40),
+            (1, 22, 40),
             (3, 6, 17),
             (2, 10, 128),
             (9, 130, 200),
