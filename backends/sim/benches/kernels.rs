@@ -2,6 +2,11 @@
 //! bytes of weights over measured read bandwidth for a few tokens, and multiply-adds per second
 //! against the same op on one thread's best shape for many.
 
+#![expect(
+    clippy::print_stderr,
+    reason = "the fraction of the limit stands beside criterion's figures"
+)]
+
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use hal::op::{AttentionWork, BlockGrid, Linear, MlaDecode};
 use hal::{Command, DType, Device, DeviceId, Op, Stream, Tensor};

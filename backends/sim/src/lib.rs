@@ -3,7 +3,7 @@
 //!
 //! * [`Machine`] is a machine file: a data sheet in TOML, each constant with its provenance.
 //! * [`System`] is that machine, running: open a die and use it as a [`hal::Device`].
-//! * Values come from [`kernels`], time from [`cost`]. They are separate and both optional
+//! * Values come from the kernels, time from [`cost`]. They are separate and both optional
 //!   ([`Mode`]), and the same commands are issued in every mode.
 //!
 //! Commands really run asynchronously: each stream is a queue that worker threads drain in order,

@@ -31,7 +31,7 @@ const SMALL_WEIGHT: usize = 1 << 18;
 /// Bytes that memory moves at once.
 const CACHE_LINE: usize = 64;
 
-/// What FP8 weights are loaded too small by; see [`Lanes::load_fp8`].
+/// What FP8 weights are loaded too small by; see `Lanes::load_fp8`.
 const FP8_FACTOR: f32 = 256.0;
 
 /// Activations as FP32 rows, with the scales of each group of columns.

@@ -311,7 +311,7 @@ fn cast_as<A: Element, B: Float>(op: &Cast<Arg>, args: &mut Args<'_>, ctx: &Cont
     for_rows(&x, &mut args.write::<B>(&op.out), |x, out| convert(ctx.isa, x, out));
 }
 
-/// See [`Copy`].
+/// See [`struct@Copy`].
 pub(super) fn copy(op: &Copy<Arg>, args: &mut Args<'_>) {
     match op.x.desc.dtype().size() {
         4 => copy_as::<u32>(op, args),
