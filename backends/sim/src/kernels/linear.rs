@@ -7,8 +7,8 @@
 use super::number::{Float, decode_e4m3};
 use super::simd::{Element, LANES, for_vectors, kernel, tail, vector};
 use super::{Arg, Args, Context, Outcome, View, ViewMut};
-use hal::op::{BatchedLinear, BlockGrid, GroupedLinear, Linear, Routing};
-use hal::{DType, Operand};
+use hal::DType;
+use hal::op::{BlockGrid, GroupedLinear, Linear, Routing};
 use half::bf16;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -21,9 +21,6 @@ const TOKENS: usize = 4;
 
 /// From this many tokens on, a tile's FP8 rows are decoded once for all of them.
 const DECODE_ONCE: usize = 2 * TOKENS;
-
-/// Multiply-adds from which on it pays to wake other threads: some 100 µs of one.
-const PARALLEL: usize = 1 << 20;
 
 /// Weights below this many bytes are not fetched ahead.
 const SMALL_WEIGHT: usize = 1 << 18;
@@ -132,6 +129,46 @@ impl<'a, W: Element> Weight<'a, W> {
     }
 }
 
+/// Adds the products of `R` rows and `M` tokens, vector by vector, to `acc`. A macro, as the body of
+/// a kernel must be: see [`kernel`].
+macro_rules! add_products {
+    ($acc:ident, $w:ident, $x:ident, $columns:expr, |$i:ident| $before:block) => {
+        for_vectors!(|$i| in $columns, {
+            $before
+            let mut xs = [L::splat(0.0); M];
+            for m in 0..M {
+                xs[m] = L::load(vector($x[m], $i));
+            }
+            for r in 0..R {
+                let wv: L = W::load(vector($w[r], $i));
+                for m in 0..M {
+                    $acc[r][m] = $acc[r][m].fma(wv, xs[m]);
+                }
+            }
+        }, |_rest| {
+            for r in 0..R {
+                let wv: L = W::load(&tail($w[r], $i));
+                for m in 0..M {
+                    $acc[r][m] = $acc[r][m].fma(wv, L::load(&tail($x[m], $i)));
+                }
+            }
+        });
+    };
+}
+
+/// The sums of a tile's lanes.
+macro_rules! sums {
+    ($acc:ident) => {{
+        let mut out = [[0.0; M]; R];
+        for r in 0..R {
+            for m in 0..M {
+                out[r][m] = $acc[r][m].sum();
+            }
+        }
+        out
+    }};
+}
+
 kernel! {
     /// A tile of plain products. `ahead` begins with the rows of the next tile.
     fn dense_tile<L, W: Element; const R, const M>(
@@ -141,7 +178,7 @@ kernel! {
     ) -> [[f32; M]; R] {
         let mut acc = [[L::splat(0.0); M]; R];
         let columns = x[0].len();
-        for_vectors!(|i| in columns, {
+        add_products!(acc, w, x, columns, |i| {
             if i % (CACHE_LINE / size_of::<W>()) == 0 {
                 for r in 0..R {
                     if let Some(value) = ahead.get(r * columns + i) {
@@ -149,31 +186,8 @@ kernel! {
                     }
                 }
             }
-            let mut xs = [L::splat(0.0); M];
-            for m in 0..M {
-                xs[m] = L::load(vector(x[m], i));
-            }
-            for r in 0..R {
-                let wv: L = W::load(vector(w[r], i));
-                for m in 0..M {
-                    acc[r][m] = acc[r][m].fma(wv, xs[m]);
-                }
-            }
-        }, |_rest| {
-            for r in 0..R {
-                let wv: L = W::load(&tail(w[r], i));
-                for m in 0..M {
-                    acc[r][m] = acc[r][m].fma(wv, L::load(&tail(x[m], i)));
-                }
-            }
         });
-        let mut out = [[0.0; M]; R];
-        for r in 0..R {
-            for m in 0..M {
-                out[r][m] = acc[r][m].sum();
-            }
-        }
-        out
+        sums!(acc)
     }
 }
 
@@ -209,25 +223,7 @@ kernel! {
                 x[m] = &x[m][range.start..range.end];
             }
             let mut acc = [[L::splat(0.0); M]; R];
-            for_vectors!(|i| in range.len(), {
-                let mut xs = [L::splat(0.0); M];
-                for m in 0..M {
-                    xs[m] = L::load(vector(x[m], i));
-                }
-                for r in 0..R {
-                    let wv: L = W::load(vector(w[r], i));
-                    for m in 0..M {
-                        acc[r][m] = acc[r][m].fma(wv, xs[m]);
-                    }
-                }
-            }, |_rest| {
-                for r in 0..R {
-                    let wv: L = W::load(&tail(w[r], i));
-                    for m in 0..M {
-                        acc[r][m] = acc[r][m].fma(wv, L::load(&tail(x[m], i)));
-                    }
-                }
-            });
+            add_products!(acc, w, x, range.len(), |i| {});
             for r in 0..R {
                 for m in 0..M {
                     let scale = L::splat(w_scales[r][group] * x_scales[m][group] * FP8_FACTOR);
@@ -235,13 +231,7 @@ kernel! {
                 }
             }
         }
-        let mut out = [[0.0; M]; R];
-        for r in 0..R {
-            for m in 0..M {
-                out[r][m] = total[r][m].sum();
-            }
-        }
-        out
+        sums!(total)
     }
 }
 
@@ -399,7 +389,7 @@ fn products<W: Product>(ctx: &Context, groups: &[Group<'_, W>], x: &Activations)
     let sizes = groups.iter().map(|g| g.weight.rows * g.tokens.len());
     let mut out = vec![0.0; sizes.clone().sum()];
     let work = out.len() * x.columns;
-    if work < PARALLEL || ctx.threads == 1 {
+    if work < super::PARALLEL || ctx.threads == 1 {
         let mut rest = out.as_mut_slice();
         for (group, size) in groups.iter().zip(sizes) {
             let (mine, later) = rest.split_at_mut(size);
@@ -481,13 +471,7 @@ fn grouped_as<W: Product>(
     ctx: &Context,
 ) -> Result<Outcome, String> {
     let offsets = args.read::<i32>(&op.offsets).data;
-    let limit = op.x.desc.dim(0);
-    let sorted = offsets.first() == Some(&0)
-        && offsets.windows(2).all(|pair| pair[0] <= pair[1])
-        && offsets.last().is_some_and(|&last| last as usize <= limit);
-    if !sorted {
-        return Err(format!("offsets {offsets:?} do not ascend from 0 to at most {limit} rows"));
-    }
+    super::cache::check_starts("offsets", offsets, op.x.desc.dim(0))?;
     let x = Activations::read(args, &op.x, op.x_scales.as_ref());
     let w = args.read::<W>(&op.w);
     let scales = op.w_scales.as_ref().map(|s| args.read::<f32>(s).data);
@@ -521,106 +505,5 @@ pub(super) fn grouped_linear(
         DType::F32 => grouped_as::<f32>(op, args, ctx),
         DType::Bf16 => grouped_as::<bf16>(op, args, ctx),
         _ => grouped_as::<u8>(op, args, ctx),
-    }
-}
-
-kernel! {
-    /// `out[n] = Σ_k x[k] · w[k][n]`, each sum in ascending order of k.
-    fn k_major<L, T: Float>(x: &[T], w: &[T], stride: usize, out: &mut [f32]) {
-        let width = out.len();
-        let mut n = 0;
-        while n < width {
-            // Four vectors at a time, then one, then what is left: the same sums each way.
-            if n + ROWS * LANES <= width {
-                let mut acc = [L::splat(0.0); ROWS];
-                for (k, value) in x.iter().enumerate() {
-                    let value = L::splat(value.widen());
-                    let row = &w[k * stride + n..k * stride + n + ROWS * LANES];
-                    for v in 0..ROWS {
-                        acc[v] = acc[v].fma(value, T::load(vector(row, v * LANES)));
-                    }
-                }
-                for v in 0..ROWS {
-                    out[n + v * LANES..n + (v + 1) * LANES].copy_from_slice(&acc[v].array());
-                }
-                n += ROWS * LANES;
-            } else {
-                let count = LANES.min(width - n);
-                let mut acc = L::splat(0.0);
-                for (k, value) in x.iter().enumerate() {
-                    let row = &w[k * stride + n..k * stride + n + count];
-                    let row: L = if count == LANES { T::load(vector(row, 0)) } else { T::load(&tail(row, 0)) };
-                    acc = acc.fma(L::splat(value.widen()), row);
-                }
-                out[n..n + count].copy_from_slice(&acc.array()[..count]);
-                n += count;
-            }
-        }
-    }
-}
-
-kernel! {
-    /// `out[n] = Σ_k x[k] · w[n][k]`.
-    fn n_major<L, T: Float>(x: &[T], w: &[T], stride: usize, out: &mut [f32]) {
-        let columns = x.len();
-        let mut n = 0;
-        while n < out.len() {
-            let count = if n + ROWS <= out.len() { ROWS } else { 1 };
-            let mut acc = [L::splat(0.0); ROWS];
-            if count == ROWS {
-                for_vectors!(|i| in columns, {
-                    let xv: L = T::load(vector(x, i));
-                    for r in 0..ROWS {
-                        acc[r] = acc[r].fma(T::load(vector(w, (n + r) * stride + i)), xv);
-                    }
-                }, |_rest| {
-                    let xv: L = T::load(&tail(x, i));
-                    for r in 0..ROWS {
-                        let row = &w[(n + r) * stride..(n + r) * stride + columns];
-                        acc[r] = acc[r].fma(T::load(&tail(row, i)), xv);
-                    }
-                });
-            } else {
-                let row = &w[n * stride..n * stride + columns];
-                for_vectors!(|i| in columns, {
-                    acc[0] = acc[0].fma(T::load(vector(row, i)), T::load(vector(x, i)));
-                }, |_rest| {
-                    acc[0] = acc[0].fma(T::load(&tail(row, i)), T::load(&tail(x, i)));
-                });
-            }
-            for r in 0..count {
-                out[n + r] = acc[r].sum();
-            }
-            n += count;
-        }
-    }
-}
-
-fn batched_as<T: Float>(op: &BatchedLinear<Arg>, args: &mut Args<'_>, ctx: &Context) {
-    let (x, w) = (args.read::<T>(&op.x), args.read::<T>(&op.w));
-    let (tokens, heads, columns) = (op.x.desc.dim(0), op.x.desc.dim(1), op.x.desc.dim(2));
-    let (width, stride, per_head) = (op.out.desc.dim(2), op.w.desc.stride(1), op.w.desc.stride(0));
-    let mut results = vec![0.0; tokens * heads * width];
-    let one = |index: usize, out: &mut [f32]| {
-        let (t, h) = (index / heads, index % heads);
-        let w = &w.data[h * per_head..];
-        match op.k_major {
-            true => k_major(ctx.isa, x.row2(t, h), w, stride, out),
-            false => n_major(ctx.isa, x.row2(t, h), w, stride, out),
-        }
-    };
-    super::for_each_chunk(ctx, &mut results, width, columns * width, one);
-    let mut out = args.write::<T>(&op.out);
-    for (index, row) in results.chunks_exact(width.max(1)).enumerate() {
-        let to = out.row2(index / heads, index % heads);
-        to.iter_mut().zip(row).for_each(|(to, &v)| *to = T::round(v));
-    }
-}
-
-/// See [`BatchedLinear`].
-pub(super) fn batched_linear(op: &BatchedLinear<Arg>, args: &mut Args<'_>, ctx: &Context) {
-    match op.x.desc().dtype() {
-        DType::F32 => batched_as::<f32>(op, args, ctx),
-        _ => batched_as::<bf16>(op, args, ctx),
     }
 }

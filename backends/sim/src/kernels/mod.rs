@@ -7,6 +7,7 @@
 
 mod args;
 mod attention;
+mod batched;
 mod cache;
 mod linear;
 mod moe;
@@ -62,7 +63,7 @@ pub(crate) fn run(op: &Op<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<Ou
         Op::Quantize(op) => rowwise::quantize(op, args, ctx),
         Op::Dequantize(op) => rowwise::dequantize(op, args, ctx),
         Op::Linear(op) => linear::linear(op, args, ctx),
-        Op::BatchedLinear(op) => linear::batched_linear(op, args, ctx),
+        Op::BatchedLinear(op) => batched::batched_linear(op, args, ctx),
         Op::Rope(op) => cache::rope(op, args)?,
         Op::CacheWrite(op) => cache::write(op, args)?,
         Op::CacheRead(op) => cache::read(op, args)?,

@@ -1,9 +1,11 @@
 //! Simulated streams: queues that worker threads drain.
 //!
-//! [`queue`] is the state of one stream and how it advances; [`work`] is what a queued command is
+//! [`queue`] is the state of one stream and how it advances; [`timeline`] how far it has come;
+//! [`work`] is what a queued command is
 //! and how it is carried out. This file is the [`Stream`] that callers see.
 
 mod queue;
+mod timeline;
 mod work;
 
 pub(crate) use queue::{Held, StreamShared, Touch};

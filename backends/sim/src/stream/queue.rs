@@ -8,6 +8,7 @@
 //! has ended, when what it waits for has ended, and when the host had issued it, whichever is
 //! last. Those are all known when it is its turn, so times depend on the program alone.
 
+use super::timeline::Ends;
 use super::work::{Outcome, Work};
 use crate::collective::Group;
 use crate::cost::Cost;
@@ -17,20 +18,12 @@ use crate::system::Shared;
 use hal::fault::FaultAction;
 use hal::op::Access;
 use hal::trace::{CommandKind, Span};
-use hal::{Cause, Clock, Error, Failure, Label, Result, StreamId, Timeline, Timestamp};
+use hal::{Cause, Clock, Error, Failure, Label, Result, StreamId};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rayon::prelude::*;
-use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
-
-/// How many completion times a stream remembers beyond those that the host has not seen.
-const REMEMBERED: usize = 1 << 16;
-
-/// How long a host wait spins before it sleeps: about what going to sleep and waking costs.
-const SPIN: Duration = Duration::from_micros(30);
 
 /// A stream, as its queue, its waiters and its workers share it.
 #[derive(Debug)]
@@ -38,29 +31,29 @@ pub(crate) struct StreamShared {
     pub(crate) system: Arc<Shared>,
     pub(crate) id: StreamId,
     pub(crate) label: Arc<str>,
-    queue: Mutex<Queue>,
-    reached: AtomicU64,
-    changed: Condvar,
+    pub(super) queue: Mutex<Queue>,
+    pub(super) reached: AtomicU64,
+    pub(super) changed: Condvar,
 }
 
 #[derive(Debug)]
-struct Queue {
-    pending: VecDeque<Pending>,
-    activity: Activity,
+pub(super) struct Queue {
+    pub(super) pending: VecDeque<Pending>,
+    pub(super) activity: Activity,
     submitted: u64,
-    failure: Option<Error>,
+    pub(super) failure: Option<Error>,
     /// Simulated end of the last command.
     now: u64,
-    ends: Ends,
+    pub(super) ends: Ends,
     waiters: Vec<Waiter>,
     /// The lowest value that a host thread sleeps for.
-    host_waits_for: Option<u64>,
+    pub(super) host_waits_for: Option<u64>,
     /// Communicators that it has submitted collectives to.
     groups: Vec<Arc<Group>>,
 }
 
 #[derive(Clone, Debug)]
-enum Activity {
+pub(super) enum Activity {
     Idle,
     /// A worker is draining it, or will.
     Scheduled,
@@ -72,15 +65,15 @@ enum Activity {
 
 /// What messages say about a command.
 #[derive(Clone, Debug)]
-struct Brief {
-    sequence: u64,
-    kind: CommandKind,
-    label: Label,
-    waits_for: Option<String>,
+pub(super) struct Brief {
+    pub(super) sequence: u64,
+    pub(super) kind: CommandKind,
+    pub(super) label: Label,
+    pub(super) waits_for: Option<String>,
 }
 
 impl Brief {
-    fn of(pending: &Pending, waits_for: Option<String>) -> Self {
+    pub(super) fn of(pending: &Pending, waits_for: Option<String>) -> Self {
         let Pending { sequence, kind, label, .. } = pending;
         Brief { sequence: *sequence, kind: *kind, label: label.clone(), waits_for }
     }
@@ -118,38 +111,6 @@ pub(crate) struct Touch<'a> {
     pub(crate) offset: u64,
     pub(crate) len: u64,
     pub(crate) access: Access,
-}
-
-/// Completion times of a stream's commands, oldest first.
-#[derive(Debug, Default)]
-struct Ends {
-    /// Sequence number of the first one kept.
-    first: u64,
-    times: VecDeque<u64>,
-    /// The host has synchronised with this value.
-    seen: u64,
-}
-
-impl Ends {
-    fn push(&mut self, end: u64) {
-        if self.times.is_empty() && self.first == 0 {
-            self.first = 1;
-        }
-        self.times.push_back(end);
-        while self.times.len() > REMEMBERED && self.first < self.seen {
-            self.times.pop_front();
-            self.first += 1;
-        }
-    }
-
-    /// The last sequence number completed.
-    fn last(&self) -> u64 {
-        (self.first + self.times.len() as u64).saturating_sub(1)
-    }
-
-    fn get(&self, sequence: u64) -> Option<u64> {
-        self.times.get(sequence.checked_sub(self.first)? as usize).copied()
-    }
 }
 
 /// A command that was accepted and has its place in the queue; the queue stays locked until its
@@ -260,11 +221,11 @@ impl StreamShared {
         }
     }
 
-    fn die(&self) -> &DieState {
+    pub(super) fn die(&self) -> &DieState {
         &self.system.dies[self.id.device.0 as usize]
     }
 
-    fn timed(&self) -> bool {
+    pub(super) fn timed(&self) -> bool {
         self.system.mode.timed()
     }
 
@@ -464,7 +425,7 @@ impl StreamShared {
                 collective.arrive(held);
                 Flow::Stop
             }
-            work => match work.run(&self.system, self.id.device) {
+            work => match work.run(&self.system) {
                 Outcome::Done(cost) => {
                     self.finish(&pending.into(), cost, delay, 0);
                     Flow::Continue
@@ -640,76 +601,6 @@ impl StreamShared {
     pub(crate) fn describe(&self) -> String {
         format!("stream {:?} on {}", self.label, self.id.device)
     }
-
-    /// What the stream is doing, for a timeout's message.
-    fn pending_text(queue: &Queue) -> String {
-        let next = queue.pending.front().map(|p| Brief::of(p, None));
-        let brief = match &queue.activity {
-            Activity::Held(brief) | Activity::Hung(brief) => Some(brief.clone()),
-            _ => next,
-        };
-        match brief {
-            None => "its last command is still running".to_string(),
-            Some(Brief { sequence, kind, label, waits_for }) => {
-                let mut text = format!(
-                    "its oldest unfinished command is {sequence} ({} {label:?})",
-                    kind.name()
-                );
-                if matches!(queue.activity, Activity::Hung(_)) {
-                    text += ", which hangs by a fault rule";
-                }
-                if let Some(what) = waits_for {
-                    text += &format!(", which waits for {what}");
-                }
-                text
-            }
-        }
-    }
-
-    /// Blocks the host until `value` is reached, and moves the host's clock to then.
-    pub(crate) fn synchronize_value(&self, value: u64, timeout: Duration) -> Result<()> {
-        let began = Instant::now();
-        while self.reached.load(Ordering::Acquire) < value && began.elapsed() < SPIN {
-            std::hint::spin_loop();
-        }
-        let mut queue = self.queue.lock();
-        loop {
-            match queue.passed(value) {
-                Some(Ok(end)) => {
-                    queue.ends.seen = queue.ends.seen.max(value);
-                    drop(queue);
-                    if self.timed() {
-                        let known = end + self.system.cost.host_sync();
-                        self.die().host_clock.fetch_max(known, Ordering::Relaxed);
-                    }
-                    self.system.order.host_synchronized(self.id, value);
-                    return Ok(());
-                }
-                Some(Err(error)) => return Err(error),
-                None => {}
-            }
-            let left = timeout.saturating_sub(began.elapsed());
-            if left.is_zero() {
-                return Err(Error::Timeout {
-                    waiting_for: format!("command {value} of {}", self.describe()),
-                    after: timeout,
-                    pending: Self::pending_text(&queue),
-                });
-            }
-            queue.host_waits_for = Some(queue.host_waits_for.map_or(value, |v| v.min(value)));
-            self.changed.wait_for(&mut queue, left);
-        }
-    }
-}
-
-impl Queue {
-    /// Whether `value` was reached, and when; or the failure because of which it never will be.
-    fn passed(&self, value: u64) -> Option<Result<u64>> {
-        if self.ends.last() >= value {
-            return Some(Ok(self.ends.get(value).unwrap_or(0)));
-        }
-        self.failure.clone().map(Err)
-    }
 }
 
 impl Held {
@@ -733,34 +624,5 @@ impl Held {
     /// The failure of this command for this reason.
     pub(crate) fn failure(&self, cause: Cause) -> Error {
         self.stream.failure_of(self.sequence, self.kind, &self.label, cause)
-    }
-}
-
-impl Timeline for StreamShared {
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn stream(&self) -> StreamId {
-        self.id
-    }
-
-    fn reached(&self) -> u64 {
-        self.reached.load(Ordering::Acquire)
-    }
-
-    fn synchronize(&self, value: u64, timeout: Duration) -> Result<()> {
-        self.synchronize_value(value, timeout)
-    }
-
-    fn completed_at(&self, value: u64) -> Option<Timestamp> {
-        if !self.timed() {
-            return None;
-        }
-        let picos = match value {
-            0 => 0,
-            _ => self.queue.lock().ends.get(value)?,
-        };
-        Some(Timestamp { clock: Clock::Simulated, picos })
     }
 }

@@ -7,7 +7,7 @@ use crate::kernels::{self, Args};
 use crate::memory::{self, BorrowError, Guards, Memory, SimTensor, Slot, Span};
 use crate::system::Shared;
 use hal::op::Access;
-use hal::{Cause, DeviceId, Op};
+use hal::{Cause, Op};
 use parking_lot::Mutex;
 use std::sync::Arc;
 
@@ -54,8 +54,7 @@ pub(crate) fn data_failure(error: &BorrowError) -> Option<Cause> {
 
 impl Work {
     /// Carries the command out, as far as the mode asks for values, and says what it costs.
-    pub(crate) fn run(&self, system: &Shared, device: DeviceId) -> Outcome {
-        let _ = device;
+    pub(crate) fn run(&self, system: &Shared) -> Outcome {
         let cost = &system.cost;
         match self {
             Work::Op(op) => run_op(op, system),

@@ -224,7 +224,7 @@ fn hostile_values_are_errors_not_panics() {
         (gather(-1), "row -1"),
         (rope(3), "position 3"),
         (rope(-7), "position -7"),
-        (grouped(&[0, 2, 4]), "at most 3 rows"),
+        (grouped(&[0, 2, 4]), "at most 3"),
         (grouped(&[0, 2, 1]), "do not ascend"),
         (grouped(&[1, 2, 3]), "from 0"),
         (grouped(&[0, -1, 3]), "do not ascend"),
