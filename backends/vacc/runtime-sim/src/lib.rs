@@ -1,0 +1,1 @@
+//! libvaccrt over the simulator.

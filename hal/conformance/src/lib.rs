@@ -1,0 +1,1 @@
+//! The conformance suite: what any backend must do.
