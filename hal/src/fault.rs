@@ -130,6 +130,11 @@ impl FaultPlan {
         FaultPlan { rules: rules.into_iter().map(counted).collect() }
     }
 
+    /// The rules, in order.
+    pub fn rules(&self) -> impl Iterator<Item = &FaultRule> {
+        self.rules.iter().map(|counted| &counted.rule)
+    }
+
     /// Decides about the next command of a die. Called once per command, in submission order.
     pub fn decide(&self, device: DeviceId, command: &str, label: &str) -> FaultAction {
         let mut decided = FaultAction::Pass;

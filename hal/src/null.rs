@@ -194,6 +194,10 @@ impl Timeline for NullTimeline {
         Ok(())
     }
 
+    fn failure(&self) -> Option<Error> {
+        None
+    }
+
     fn completed_at(&self, _value: u64) -> Option<Timestamp> {
         None
     }

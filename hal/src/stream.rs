@@ -1,7 +1,7 @@
 //! Streams: ordered queues of commands, and the timelines by which they wait for each other.
 
 use crate::{
-    Buffer, Clock, Collective, Communicator, DType, DeviceId, Op, Region, Result, Tensor,
+    Buffer, Clock, Collective, Communicator, DType, DeviceId, Error, Op, Region, Result, Tensor,
     TensorDesc,
 };
 use std::any::Any;
@@ -124,6 +124,11 @@ pub trait Timeline: Send + Sync + fmt::Debug {
     /// [`crate::Error::Timeout`]; [`crate::Error::Failed`] with the origin if a command at or
     /// before `value`, or one that it depends on, failed; [`crate::Error::Lost`].
     fn synchronize(&self, value: u64, timeout: Duration) -> Result<()>;
+
+    /// The failure that poisoned the stream, if one has, without waiting and without ordering the
+    /// host after anything.
+    #[doc(alias = "cudaStreamQuery")]
+    fn failure(&self) -> Option<Error>;
 
     /// When the command with this sequence number completed, on the device's clock; `None` if it
     /// has not, if its record has expired, or if the device has no clock.

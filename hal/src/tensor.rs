@@ -44,6 +44,45 @@ impl TensorDesc {
         desc
     }
 
+    /// A tensor from the parts that a file or another process gives.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong: not 1 to 4 dimensions, as many strides as dimensions, an innermost stride of
+    /// 1, strides below which rows would overlap, or an extent beyond 64 bits.
+    pub fn strided(dtype: DType, shape: &[u32], strides: &[u32]) -> Result<Self, String> {
+        let say = |problem: &str| Err(format!("{dtype}{shape:?} strides {strides:?}: {problem}"));
+        if !(1..=MAX_RANK).contains(&shape.len()) || strides.len() != shape.len() {
+            return say("expected 1 to 4 dimensions, and a stride for each");
+        }
+        if strides[shape.len() - 1] != 1 {
+            return say("the innermost stride is not 1");
+        }
+        for axis in 1..shape.len() {
+            let row = u64::from(shape[axis].max(1)) * u64::from(strides[axis]);
+            if shape[axis - 1] > 1 && u64::from(strides[axis - 1]) < row {
+                return say("rows overlap");
+            }
+        }
+        let extent = shape.iter().zip(strides).try_fold(1u64, |sum, (&dim, &stride)| {
+            sum.checked_add(u64::from(dim.saturating_sub(1)) * u64::from(stride))
+        });
+        let elements = shape.iter().try_fold(1u64, |n, &dim| n.checked_mul(u64::from(dim)));
+        let bytes = |n: Option<u64>| n.and_then(|n| n.checked_mul(dtype.size() as u64));
+        if bytes(extent).is_none() || bytes(elements).is_none() {
+            return say("its size does not fit 64 bits");
+        }
+        let mut desc = TensorDesc {
+            dtype,
+            rank: shape.len() as u8,
+            shape: [1; MAX_RANK],
+            strides: [1; MAX_RANK],
+        };
+        desc.shape[..shape.len()].copy_from_slice(shape);
+        desc.strides[..shape.len()].copy_from_slice(strides);
+        Ok(desc)
+    }
+
     /// Element type.
     pub const fn dtype(&self) -> DType {
         self.dtype
@@ -67,6 +106,11 @@ impl TensorDesc {
     /// The dimensions.
     pub fn shape(&self) -> &[u32] {
         &self.shape[..self.rank()]
+    }
+
+    /// The strides, in elements.
+    pub fn strides(&self) -> &[u32] {
+        &self.strides[..self.rank()]
     }
 
     /// The innermost dimension.
@@ -274,6 +318,24 @@ mod tests {
         assert_eq!((offset, q_rope.stride(1), q_rope.elements()), (64, 24, 3 * 8 * 8));
         assert_eq!(rope.reshaped(&[320]), None);
         assert_eq!(kv.reshaped(&[576, 5]).unwrap().stride(0), 5);
+    }
+
+    #[test]
+    fn parts_from_outside_are_checked() {
+        let kv = TensorDesc::new(DType::Bf16, &[5, 576]).columns(512, 64).1;
+        assert_eq!(TensorDesc::strided(DType::Bf16, kv.shape(), kv.strides()), Ok(kv));
+        for (shape, strides, words) in [
+            (&[][..], &[][..], "1 to 4 dimensions"),
+            (&[1; 5], &[1; 5], "1 to 4 dimensions"),
+            (&[2, 3], &[3], "a stride for each"),
+            (&[2, 3], &[3, 2], "innermost"),
+            (&[2, 3], &[2, 1], "rows overlap"),
+            (&[u32::MAX; 4], &[1 << 31, 1 << 30, u32::MAX, 1], "rows overlap"),
+            (&[1, u32::MAX, 1 << 30, u32::MAX], &[1, u32::MAX, 1, 1], "overlap"),
+        ] {
+            let error = TensorDesc::strided(DType::F32, shape, strides).unwrap_err();
+            assert!(error.contains(words), "{error}");
+        }
     }
 
     #[test]

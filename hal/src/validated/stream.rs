@@ -347,6 +347,10 @@ impl Timeline for CheckedTimeline {
         Ok(())
     }
 
+    fn failure(&self) -> Option<Error> {
+        self.inner.failure()
+    }
+
     fn completed_at(&self, value: u64) -> Option<Timestamp> {
         self.inner.completed_at(value)
     }

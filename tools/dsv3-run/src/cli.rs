@@ -30,6 +30,7 @@ Examples:
   dsv3-run --chat \"What is 17 + 25?\"                     a chat turn
   dsv3-run --model DIR --prompt \"Once upon\" --max-tokens 64
   dsv3-run --machine h800 --numerics bf16 --json -       machine-readable, on another machine
+  dsv3-run --backend vacc --vacc-runtime libvaccrt.so    through a card's runtime library
   dsv3-run logits --token-ids 0,1022,267 --out logits.safetensors
   dsv3-run checkpoint inspect DIR                        is this checkpoint complete?
 
@@ -54,6 +55,8 @@ pub(crate) enum Command {
 pub(crate) enum Backend {
     /// The simulator: values and time, no hardware.
     Sim,
+    /// A card's runtime library, through the C ABI of vacc.h.
+    Vacc,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -68,12 +71,19 @@ pub(crate) struct SystemArgs {
     /// What runs the commands.
     #[arg(long, value_enum, default_value = "sim")]
     pub(crate) backend: Backend,
-    /// Simulated machine: va16, h800, or the path of a machine file.
-    #[arg(long, value_name = "NAME|FILE", default_value = "va16")]
-    pub(crate) machine: String,
-    /// Whether to simulate time besides values.
-    #[arg(long, value_enum, default_value = "on")]
-    pub(crate) timing: Switch,
+    /// Simulated machine: va16 (the default), h800, or the path of a machine file.
+    #[arg(long, value_name = "NAME|FILE")]
+    pub(crate) machine: Option<String>,
+    /// Whether to simulate time besides values; on by default.
+    #[arg(long, value_enum)]
+    pub(crate) timing: Option<Switch>,
+    /// With --backend vacc: the runtime library; else VACC_RUNTIME, else libvaccrt.so on the
+    /// loader's path. VACC_VISIBLE_DEVICES ("0,1,5") chooses the dies.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) vacc_runtime: Option<PathBuf>,
+    /// With --backend vacc: the library's own settings.
+    #[arg(long, value_name = "KEY=VALUE;...")]
+    pub(crate) vacc_config: Option<String>,
     /// Check every command before the device sees it: shapes, lifetimes, hazards, leaks.
     #[arg(long)]
     pub(crate) validate: bool,

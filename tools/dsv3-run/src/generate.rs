@@ -1,9 +1,9 @@
 //! Generating text.
 
-use crate::cli::{Backend, GenerateArgs};
+use crate::cli::GenerateArgs;
 use crate::output::{bold, bytes, count, dim, picos, seconds};
 use crate::source::Source;
-use crate::system;
+use crate::system::{self, Provenance};
 use crate::trace::{Total, Totals};
 use anyhow::Context;
 use model::engine::{Engine, Generation, GenerationOptions, Timing};
@@ -28,9 +28,7 @@ struct Report<'a> {
     generation: &'a Generation,
     text: String,
     ops: Vec<Total>,
-    machine: String,
-    assumed: Vec<String>,
-    constants: usize,
+    provenance: Provenance,
     memory: model::engine::MemoryPlan,
     load_seconds: f64,
     run_seconds: f64,
@@ -89,9 +87,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         generation: &generation,
         text,
         ops: totals.ranked(),
-        machine: running.system.machine().name.clone(),
-        assumed: running.system.machine().assumed(),
-        constants: running.system.machine().constants().len(),
+        provenance: running.provenance(),
         memory,
         load_seconds,
         run_seconds,
@@ -223,7 +219,7 @@ impl Report<'_> {
         let Timing { clock, prefill_ps, decode_ps } = timing;
         json!({
             "clock": clock,
-            "machine": self.machine,
+            "machine": self.provenance.machine,
             "prefill_ms": prefill_ps as f64 * 1e-9,
             "decode_ms": decode_ps as f64 * 1e-9,
             "ttft_ms": prefill_ps as f64 * 1e-9,
@@ -231,7 +227,7 @@ impl Report<'_> {
             "prefill_tokens_per_s": rate(self.prompt.len(), prefill_ps),
             "decode_tokens_per_s": rate(self.decoded(), decode_ps),
             "ops": self.ops,
-            "assumed": self.assumed,
+            "assumed": self.provenance.assumed.as_ref().map(|(names, _)| names),
         })
     }
 
@@ -249,7 +245,7 @@ impl Report<'_> {
             bytes(self.memory.weights),
         );
         out += &format!("{} {wall}\n", bold("host wall time:"));
-        out += &dim(&self.provenance());
+        out += &dim(&self.provenance.sentence(self.generation.timing.is_some()));
         out.push('\n');
         out
     }
@@ -257,7 +253,7 @@ impl Report<'_> {
     fn timing_table(&self, timing: Timing, out: &mut String) {
         let heading = format!(
             "{} time, one die of {}, {}:",
-            timing.clock, self.machine, self.args.model.numerics
+            timing.clock, self.provenance.machine, self.args.model.numerics
         );
         out.push_str(&bold(&heading));
         out.push('\n');
@@ -288,20 +284,5 @@ impl Report<'_> {
                 op.bound
             ));
         }
-    }
-
-    /// What was simulated and what was assumed: the last line.
-    fn provenance(&self) -> String {
-        let Backend::Sim = self.args.model.system.backend;
-        if self.generation.timing.is_none() {
-            return "values computed by the simulator; timing off".to_string();
-        }
-        format!(
-            "values computed and time simulated (roofline per op) from machine {:?}; {} of its {} \
-             constants are assumed, not published: see `dsv3-run devices`",
-            self.machine,
-            self.assumed.len(),
-            self.constants,
-        )
     }
 }

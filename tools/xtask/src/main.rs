@@ -1,6 +1,7 @@
 //! Everything that continuous integration runs, as commands that anyone can run: `cargo xtask`.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool prints")]
 
+mod bindings;
 mod licences;
 mod rules;
 mod speed;
@@ -26,6 +27,12 @@ enum Task {
         #[arg(long)]
         skip_tests: bool,
     },
+    /// Regenerates the Rust bindings of vacc.h and the list of functions not wrapped yet.
+    Bindings {
+        /// Change nothing; fail if what is committed differs.
+        #[arg(long)]
+        check: bool,
+    },
     /// Licences of all dependencies against deny.toml, offline; cargo-deny too where installed.
     Licences,
     /// The speed claims of the README, measured on this host.
@@ -41,6 +48,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Ci { skip_tests } => ci(skip_tests),
+        Task::Bindings { check } => bindings::run(&root(), check),
         Task::Licences => licences::check(&root()),
         Task::Speed { python } => speed::measure(&root(), python.as_deref()),
         Task::Rules => rules::check(&root()),
@@ -61,6 +69,7 @@ fn root() -> PathBuf {
 fn ci(skip_tests: bool) -> anyhow::Result<()> {
     cargo(&["fmt", "--all", "--check"], &[])?;
     rules::check(&root())?;
+    bindings::run(&root(), true)?;
     licences::check(&root())?;
     cargo(&["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"], &[])?;
     let docs = ["doc", "--workspace", "--no-deps", "--document-private-items", "--locked"];

@@ -508,6 +508,23 @@ impl StreamShared {
         }
         let start = queue.now.max(done.issued).max(not_before);
         let end = start + cost.picos + delay;
+        // Before anybody can see the command completed: who has waited has the whole trace.
+        if self.timed()
+            && let Some(sink) = self.die().trace()
+        {
+            sink.record(&Span {
+                stream: self.id,
+                sequence: done.sequence,
+                kind: done.kind,
+                label: done.label.clone(),
+                clock: Clock::Simulated,
+                start,
+                end,
+                operations: cost.operations,
+                bytes: cost.bytes,
+                bound: cost.bound,
+            });
+        }
         queue.now = end;
         queue.ends.push(end);
         self.reached.store(done.sequence, Ordering::Release);
@@ -524,22 +541,6 @@ impl StreamShared {
         drop(queue);
         if wake_host {
             self.changed.notify_all();
-        }
-        if self.timed()
-            && let Some(sink) = self.die().trace()
-        {
-            sink.record(&Span {
-                stream: self.id,
-                sequence: done.sequence,
-                kind: done.kind,
-                label: done.label.clone(),
-                clock: Clock::Simulated,
-                start,
-                end,
-                operations: cost.operations,
-                bytes: cost.bytes,
-                bound: cost.bound,
-            });
         }
         for waiter in woken {
             waiter.stream.wake(waiter.sequence);

@@ -134,6 +134,10 @@ impl Timeline for StreamShared {
         self.synchronize_value(value, timeout)
     }
 
+    fn failure(&self) -> Option<Error> {
+        self.queue.lock().failure.clone()
+    }
+
     fn completed_at(&self, value: u64) -> Option<Timestamp> {
         if !self.timed() {
             return None;

@@ -1,0 +1,145 @@
+//! The C ABI as bindgen sees it, and its size-first rule.
+
+#[allow(
+    missing_docs,
+    missing_debug_implementations,
+    non_camel_case_types,
+    unsafe_code,
+    clippy::all,
+    clippy::undocumented_unsafe_blocks,
+    clippy::missing_safety_doc,
+    clippy::allow_attributes_without_reason,
+    reason = "generated; include/vacc.h has the documentation"
+)]
+mod bindings;
+
+pub use bindings::*;
+
+/// Why a struct that came through the ABI is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StructError {
+    /// The pointer is null.
+    #[error("the pointer to {0} is null")]
+    Null(&'static str),
+    /// It is smaller than in version 1.0.
+    #[error("{name} of {size} bytes is smaller than the {expected} of version 1.0")]
+    TooSmall {
+        /// The struct.
+        name: &'static str,
+        /// Its `size`.
+        size: usize,
+        /// The size of version 1.0.
+        expected: usize,
+    },
+    /// It is larger, and what lies beyond asks for something.
+    #[error("{name} of {size} bytes has fields that this version ({known} bytes) does not know")]
+    Unknown {
+        /// The struct.
+        name: &'static str,
+        /// Its `size`.
+        size: usize,
+        /// The size known.
+        known: usize,
+    },
+}
+
+/// The most that a struct may claim to have grown to.
+const MOST: usize = 1 << 16;
+
+fn name<T>() -> &'static str {
+    std::any::type_name::<T>().rsplit("::").next().unwrap_or("a struct")
+}
+
+/// Reads a size-first struct of whatever version.
+///
+/// # Errors
+///
+/// As the header says: null, too small, or larger with unknown fields in use.
+///
+/// # Safety
+///
+/// Unless null, `at` is readable for four bytes, and for as many as these say. `T` is a struct of
+/// `vacc.h`, so its first field is its size and every pattern of bits is a value.
+#[expect(unsafe_code, reason = "reads a caller's struct")]
+pub unsafe fn read_struct<T: Copy>(at: *const T) -> Result<T, StructError> {
+    let known = size_of::<T>();
+    if at.is_null() {
+        return Err(StructError::Null(name::<T>()));
+    }
+    // SAFETY: not null, and the caller vouches for the first four bytes.
+    let size = unsafe { at.cast::<u32>().read_unaligned() } as usize;
+    if size < known {
+        return Err(StructError::TooSmall { name: name::<T>(), size, expected: known });
+    }
+    // SAFETY: the caller vouches for `size` bytes, which lie within the claimed struct.
+    let beyond = |i: usize| unsafe { at.cast::<u8>().add(i).read() };
+    if size > MOST || (known..size).any(|i| beyond(i) != 0) {
+        return Err(StructError::Unknown { name: name::<T>(), size, known });
+    }
+    // SAFETY: at least `known` bytes are readable, and any bits are a `T`.
+    Ok(unsafe { at.read_unaligned() })
+}
+
+/// Fills a size-first struct of the caller's, whose `size` says how much room there is; `value`'s
+/// own first field says how much is filled.
+///
+/// # Errors
+///
+/// Null, or less room than version 1.0 has.
+///
+/// # Safety
+///
+/// As [`read_struct`], and writable.
+#[expect(unsafe_code, reason = "writes a caller's struct")]
+pub unsafe fn write_struct<T: Copy>(at: *mut T, value: &T) -> Result<(), StructError> {
+    let known = size_of::<T>();
+    if at.is_null() {
+        return Err(StructError::Null(name::<T>()));
+    }
+    // SAFETY: not null, and the caller vouches for the first four bytes.
+    let size = unsafe { at.cast::<u32>().read_unaligned() } as usize;
+    if size < known {
+        return Err(StructError::TooSmall { name: name::<T>(), size, expected: known });
+    }
+    // SAFETY: the caller vouches for `size`, which is at least `known`.
+    unsafe { at.write_unaligned(*value) };
+    Ok(())
+}
+
+/// The `size` field of a struct of this type.
+pub const fn struct_size<T>() -> u32 {
+    size_of::<T>() as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[expect(unsafe_code, reason = "calls what reads structs")]
+    fn structs_may_grow_but_not_shrink() {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Grown {
+            known: vacc_link,
+            more: u64,
+        }
+        let mut grown = Grown { known: vacc_link::default(), more: 0 };
+        let read = |grown: &Grown| {
+            // SAFETY: the struct is as large as its size field says, or larger.
+            unsafe { read_struct((&raw const *grown).cast::<vacc_link>()) }
+        };
+        grown.known.size = struct_size::<Grown>();
+        grown.known.latency_ps = 7;
+        assert_eq!(read(&grown).unwrap().latency_ps, 7);
+        grown.more = 1;
+        assert!(matches!(read(&grown), Err(StructError::Unknown { name: "vacc_link", .. })));
+        for size in [0, 4, struct_size::<vacc_link>() - 1] {
+            grown.known.size = size;
+            assert!(matches!(read(&grown), Err(StructError::TooSmall { .. })), "{size}");
+        }
+        // SAFETY: null is what is tested.
+        let null = unsafe { read_struct::<vacc_link>(std::ptr::null()) };
+        assert!(matches!(null, Err(StructError::Null("vacc_link"))));
+    }
+}

@@ -1,0 +1,119 @@
+//! The FFI path as a user meets it: the simulator behind the C ABI answers as the simulator does.
+
+use serde_json::Value;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+/// `libvaccrt`, which was built as a dependency of this test and lies beside it.
+fn runtime() -> String {
+    let path = std::env::current_exe().unwrap().with_file_name("libvaccrt.so");
+    assert!(path.is_file(), "{} was not built", path.display());
+    path.to_str().unwrap().to_string()
+}
+
+fn dsv3(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dsv3-run"));
+    // Cargo puts its build folder on the loader's path, where the library would be found.
+    command.args(args).env_remove("LD_LIBRARY_PATH");
+    command.env_remove("VACC_RUNTIME").env_remove("VACC_VISIBLE_DEVICES");
+    command
+}
+
+fn json(output: &Output) -> Value {
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn both_backends_give_the_same_tokens_and_the_same_simulated_time() {
+    let runtime = runtime();
+    for numerics in ["fp8", "bf16", "f32"] {
+        let common = ["--numerics", numerics, "--chat", "What is 17 + 25?", "--json", "-"];
+        let sim = json(&dsv3(&[&common[..], &["--backend", "sim"]].concat()).output().unwrap());
+        let vacc = ["--backend", "vacc", "--vacc-runtime", &runtime, "--validate"];
+        let vacc = json(&dsv3(&[&common[..], &vacc].concat()).output().unwrap());
+        assert_eq!(sim["text"], "17 + 25 = 42.");
+        for (section, key) in [
+            ("timing", "prefill_ms"),
+            ("timing", "decode_ms"),
+            ("timing", "machine"),
+            ("timing", "clock"),
+            ("timing", "ops"),
+            ("memory", "weights_bytes"),
+        ] {
+            assert_eq!(vacc[section][key], sim[section][key], "{numerics}: {section}.{key}");
+        }
+        assert_eq!(vacc["token_ids"], sim["token_ids"], "{numerics}");
+        assert_eq!(vacc["timing"]["assumed"], Value::Null, "the library does not tell");
+    }
+}
+
+#[test]
+fn the_variable_names_the_library_and_devices_are_listed() {
+    let devices = ["devices", "--backend", "vacc", "--json"];
+    let output = dsv3(&devices).env("VACC_RUNTIME", runtime()).output().unwrap();
+    let report = json(&output);
+    assert_eq!(report["dies"].as_array().unwrap().len(), 32);
+    assert_eq!(report["missing_optional_functions"], serde_json::json!([]));
+    let few = dsv3(&devices)
+        .env("VACC_RUNTIME", runtime())
+        .env("VACC_VISIBLE_DEVICES", "5,0")
+        .output()
+        .unwrap();
+    let dies = json(&few)["dies"].clone();
+    assert_eq!(dies.as_array().unwrap().len(), 2);
+    assert_eq!(
+        (&dies[0]["placement"]["card"], &dies[1]["placement"]["card"]),
+        (&1.into(), &0.into())
+    );
+}
+
+#[test]
+fn a_library_that_cannot_be_used_is_named_with_the_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("text.so");
+    std::fs::write(&text, "no library at all, only words").unwrap();
+    let missing = folder.path().join("missing.so");
+    let fails = |command: &mut Command, words: &[&str]| {
+        let output = command.output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{errors}");
+        for word in words {
+            assert!(errors.contains(word), "{errors:?} lacks {word:?}");
+        }
+        assert!(!errors.contains("panicked"), "{errors}");
+    };
+    let flag =
+        |path: &PathBuf| dsv3(&["--backend", "vacc", "--vacc-runtime", path.to_str().unwrap()]);
+    fails(&mut flag(&text), &["text.so", "is not a shared library"]);
+    fails(&mut flag(&missing), &["missing.so", "cannot be read"]);
+    fails(&mut dsv3(&["--backend", "vacc"]), &["libvaccrt.so.1", "--vacc-runtime", "VACC_RUNTIME"]);
+    let relative = &mut dsv3(&["--backend", "vacc"]);
+    fails(relative.env("VACC_RUNTIME", "libvaccrt.so"), &["not an absolute path"]);
+    // A library of that name in the current directory is not taken through an empty path entry.
+    std::fs::copy(runtime(), folder.path().join("libvaccrt.so")).unwrap();
+    let here = &mut dsv3(&["--backend", "vacc"]);
+    here.current_dir(folder.path()).env("LD_LIBRARY_PATH", ":/nowhere");
+    fails(here, &["would come from the current directory"]);
+    let sim_flags = ["--backend", "vacc", "--vacc-runtime", &runtime(), "--machine", "h800"];
+    fails(&mut dsv3(&sim_flags), &["--vacc-config"]);
+}
+
+#[test]
+fn what_the_library_refuses_and_what_fails_on_it_is_told() {
+    let runtime = runtime();
+    let run = |more: &[&str]| {
+        let common = ["--backend", "vacc", "--vacc-runtime", &runtime];
+        let output = dsv3(&[&common[..], more].concat()).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (status, text) = run(&["--vacc-config", "colour=red"]);
+    assert_eq!(status, Some(1), "{text}");
+    assert!(text.contains("colour=red") && text.contains("machine, timing and threads"), "{text}");
+    let (status, text) = run(&["--fault", "op=linear,nth=5,action=fail:bad parity"]);
+    assert_eq!(status, Some(1), "{text}");
+    for words in ["linear", "bad parity", "die 0"] {
+        assert!(text.contains(words), "{text}");
+    }
+}
