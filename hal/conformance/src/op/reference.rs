@@ -1,15 +1,19 @@
 //! Every op in plain f64, written from its documentation and from nothing else: no lanes, no tiles,
 //! no care for speed.
 
-use crate::memory::SimTensor;
+use super::host::HostTensor;
 use hal::op::{BlockGrid, FP8_BLOCK, ScaleFormat};
-use hal::{DType, Op, Operand, TensorDesc};
+use hal::{DType, Op, TensorDesc};
 use half::bf16;
+use std::sync::LazyLock;
 
 /// A tensor's values, contiguous.
-pub(super) struct Values {
-    pub(super) v: Vec<f64>,
-    pub(super) d: TensorDesc,
+#[derive(Clone, Debug)]
+pub struct Values {
+    /// The values, in order.
+    pub v: Vec<f64>,
+    /// Their shape; its strides are those of the view that was read.
+    pub d: TensorDesc,
 }
 
 /// Where element number `flat` of a strided tensor lies.
@@ -23,7 +27,7 @@ fn place(d: &TensorDesc, mut flat: usize) -> usize {
 }
 
 /// FP8 by the definition of the format.
-pub(super) fn e4m3(byte: u8) -> f64 {
+pub fn e4m3(byte: u8) -> f64 {
     let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f64::from(byte & 7));
     let magnitude = match (exponent, byte & 7) {
         (15, 7) => f64::NAN,
@@ -34,18 +38,24 @@ pub(super) fn e4m3(byte: u8) -> f64 {
 }
 
 /// The nearest FP8 value, ties to the even byte.
-pub(super) fn nearest_e4m3(x: f64) -> u8 {
-    let distance = |byte: &u8| (e4m3(*byte) - x.abs().min(448.0)).abs();
+pub fn nearest_e4m3(x: f64) -> u8 {
+    static VALUES: LazyLock<[f64; 0x7f]> =
+        LazyLock::new(|| std::array::from_fn(|byte| e4m3(byte as u8)));
+    let distance = |byte: &u8| (VALUES[usize::from(*byte)] - x.abs().min(448.0)).abs();
     let order = |a: &u8, b: &u8| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1)));
     let best = (0..0x7f_u8).min_by(order).unwrap();
     if x < 0.0 { best | 0x80 } else { best }
 }
 
 /// Reads a tensor.
-pub(super) fn get(t: &SimTensor) -> Values {
-    let d = *t.desc();
+pub fn get(t: &HostTensor) -> Values {
+    decode(&t.desc, &t.view_bytes())
+}
+
+/// The values of a view, whose bytes begin at its first element.
+pub fn decode(d: &TensorDesc, bytes: &[u8]) -> Values {
+    let d = *d;
     let size = d.dtype().size();
-    let bytes = t.memory.try_read(t.offset, d.extent(), <[u8]>::to_vec).unwrap();
     let one = |i: usize| {
         let b = &bytes[place(&d, i) * size..][..size];
         match d.dtype() {
@@ -99,7 +109,7 @@ fn descending(values: &[f64]) -> Vec<usize> {
 
 /// The values that an op writes, in the order of its written operands. Rows that an op leaves
 /// alone are NaN.
-pub(super) fn run(op: &Op<SimTensor>) -> Vec<Vec<f64>> {
+pub fn run(op: &Op<HostTensor>) -> Vec<Vec<f64>> {
     match op {
         Op::GatherRows(o) => {
             let (table, rows) = (get(&o.table), get(&o.rows));
@@ -345,7 +355,7 @@ pub(super) fn run(op: &Op<SimTensor>) -> Vec<Vec<f64>> {
                 }
                 offsets.push(copies.len() as f64);
             }
-            let gather = |from: &Values, to: &SimTensor| {
+            let gather = |from: &Values, to: &HostTensor| {
                 let mut out: Vec<f64> = copies.iter().flat_map(|&t| from.row(t).to_vec()).collect();
                 out.resize(to.desc.elements(), f64::NAN);
                 out

@@ -1,13 +1,16 @@
 //! Ops with operands: small and odd shapes, every dtype, strided views.
 
-use crate::memory::{Memory, SimTensor};
+use super::host::{HostMemory, HostTensor};
+use super::reference;
 use hal::op::*;
-use hal::{DType, DeviceId, Op, TensorDesc};
+use hal::{DType, Op, TensorDesc};
 use half::bf16;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// SplitMix64.
-pub(super) struct Rng(pub(super) u64);
+#[derive(Clone, Debug)]
+pub struct Rng(pub u64);
 
 impl Rng {
     fn next(&mut self) -> u64 {
@@ -19,12 +22,12 @@ impl Rng {
     }
 
     /// From 0 to 1.
-    pub(super) fn unit(&mut self) -> f64 {
+    pub fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// About normal.
-    pub(super) fn normal(&mut self) -> f64 {
+    pub fn normal(&mut self) -> f64 {
         (0..12).map(|_| self.unit()).sum::<f64>() - 6.0
     }
 
@@ -38,35 +41,29 @@ fn encode(dtype: DType, value: f64) -> Vec<u8> {
         DType::F32 => (value as f32).to_le_bytes().to_vec(),
         DType::Bf16 => bf16::from_f64(value).to_le_bytes().to_vec(),
         DType::I32 => (value as i32).to_le_bytes().to_vec(),
-        _ => vec![super::reference::nearest_e4m3(value)],
+        _ => vec![reference::nearest_e4m3(value)],
     }
 }
 
 /// A contiguous tensor with these values.
-pub(super) fn tensor(
-    dtype: DType,
-    shape: &[usize],
-    mut value: impl FnMut(usize) -> f64,
-) -> SimTensor {
+pub fn tensor(dtype: DType, shape: &[usize], mut value: impl FnMut(usize) -> f64) -> HostTensor {
     let desc = TensorDesc::new(dtype, shape);
-    let memory = Memory::new(DeviceId(0), desc.bytes(), true).unwrap();
     let bytes: Vec<u8> = (0..desc.elements()).flat_map(|i| encode(dtype, value(i))).collect();
-    memory.try_write(0, desc.bytes(), |m| m.copy_from_slice(&bytes)).unwrap();
-    SimTensor { memory: Arc::new(memory), offset: 0, desc }
+    HostTensor { memory: Arc::new(HostMemory::new(bytes)), offset: 0, desc }
 }
 
 /// A vector of integers.
-pub(super) fn ints(values: &[i32]) -> SimTensor {
+pub fn ints(values: &[i32]) -> HostTensor {
     tensor(DType::I32, &[values.len()], |i| f64::from(values[i]))
 }
 
-fn matrix(values: SimTensor, shape: &[usize]) -> SimTensor {
-    SimTensor { desc: TensorDesc::new(values.desc.dtype(), shape), ..values }
+fn matrix(values: HostTensor, shape: &[usize]) -> HostTensor {
+    HostTensor { desc: TensorDesc::new(values.desc.dtype(), shape), ..values }
 }
 
-fn columns(t: SimTensor, start: usize, len: usize) -> SimTensor {
+fn columns(t: HostTensor, start: usize, len: usize) -> HostTensor {
     let (offset, desc) = t.desc.columns(start, len);
-    SimTensor { offset, desc, ..t }
+    HostTensor { offset, desc, ..t }
 }
 
 struct Maker {
@@ -75,28 +72,28 @@ struct Maker {
 }
 
 impl Maker {
-    fn random(&mut self, shape: &[usize]) -> SimTensor {
+    fn random(&mut self, shape: &[usize]) -> HostTensor {
         self.random_of(self.dtype, shape)
     }
 
-    fn random_of(&mut self, dtype: DType, shape: &[usize]) -> SimTensor {
+    fn random_of(&mut self, dtype: DType, shape: &[usize]) -> HostTensor {
         let rng = &mut self.rng;
         tensor(dtype, shape, |_| rng.normal())
     }
 
     /// Columns of a wider tensor, so that rows have gaps between them.
-    fn strided(&mut self, rows: usize, width: usize) -> SimTensor {
+    fn strided(&mut self, rows: usize, width: usize) -> HostTensor {
         let wide = self.random(&[rows, width + 5]);
         columns(wide, 3, width)
     }
 
-    fn scales(&mut self, shape: &[usize]) -> SimTensor {
+    fn scales(&mut self, shape: &[usize]) -> HostTensor {
         let rng = &mut self.rng;
         tensor(DType::F32, shape, |_| rng.unit() + 0.01)
     }
 }
 
-fn add_linear(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DType) {
+fn add_linear(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DType) {
     let grids = [
         BlockGrid::default(),
         BlockGrid { row_offset: 64, column_offset: 64, segments: 1 },
@@ -112,6 +109,7 @@ fn add_linear(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DTyp
             (2, 10, 128),
             (9, 130, 200),
             (5, 34, 300),
+            (70, 144, 512),
         ] {
             let groups = grid.scale_columns(k);
             let scales = |m: &mut Maker, shape: &[usize]| fp8.then(|| m.scales(shape));
@@ -124,7 +122,7 @@ fn add_linear(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DTyp
                 out: m.random_of(out, &[t, n]),
                 grid,
             };
-            all.push((format!("linear {dtype} {t}x{n}x{k} {grid:?}"), linear.into()));
+            all.push((format!("linear/{dtype}/{t}x{n}x{k}{}", slug(grid)), linear.into()));
             let grouped = GroupedLinear {
                 x: m.random_of(dtype, &[t + 2, k]),
                 x_scales: scales(m, &[t + 2, groups]),
@@ -135,22 +133,22 @@ fn add_linear(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DTyp
                 grid,
                 routing: Routing::default(),
             };
-            all.push((format!("grouped {dtype} {t}x{n}x{k} {grid:?}"), grouped.into()));
+            all.push((format!("grouped_linear/{dtype}/{t}x{n}x{k}{}", slug(grid)), grouped.into()));
         }
     }
 }
 
-fn add_rowwise(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DType) {
-    for (t, h) in [(0, 8), (1, 1), (3, 17), (2, 128), (5, 300)] {
+fn add_rowwise(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DType) {
+    for (t, h) in [(0, 8), (1, 1), (3, 17), (2, 128), (5, 300), (65, 1024)] {
         let mut add =
-            |name: &str, op: Op<SimTensor>| all.push((format!("{name} {dtype} {t}x{h}"), op));
+            |name: &str, op: Op<HostTensor>| all.push((format!("{name}/{dtype}/{t}x{h}"), op));
         let rows: Vec<i32> = (0..t).map(|i| (i * 7 % 11) as i32).collect();
         let (table, out) = (m.random(&[6, h]), m.strided(t, h));
         let gather = GatherRows { table, rows: ints(&rows), out, first_row: 3, total_rows: 11 };
-        add("gather", gather.into());
+        add("gather_rows", gather.into());
         for residual in [None, Some(m.strided(t, h))] {
             let (x, weight, out) = (m.strided(t, h), m.random(&[h]), m.strided(t, h));
-            add("norm", RmsNorm { x, weight, residual, out, eps: 1e-6 }.into());
+            add("rms_norm", RmsNorm { x, weight, residual, out, eps: 1e-6 }.into());
         }
         for (column_offset, scale_format) in
             [(0, ScaleFormat::Float), (65, ScaleFormat::PowerOfTwo)]
@@ -169,9 +167,9 @@ fn add_rowwise(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DTy
         add("swiglu", SwiGlu { x, out }.into());
         let (a, b) = (m.strided(t, h), m.strided(t, h));
         add("add", Add { a: a.clone(), b: b.clone(), out: m.strided(t, h) }.into());
-        add("add to a", Add { a: a.clone(), b: b.clone(), out: a.clone() }.into());
-        add("add to b", Add { a: a.clone(), b: b.clone(), out: b }.into());
-        add("double", Add { a: a.clone(), b: a.clone(), out: a }.into());
+        add("add/to_a", Add { a: a.clone(), b: b.clone(), out: a.clone() }.into());
+        add("add/to_b", Add { a: a.clone(), b: b.clone(), out: b }.into());
+        add("add/to_itself", Add { a: a.clone(), b: a.clone(), out: a }.into());
         for to in [DType::F32, DType::Bf16] {
             add("cast", Cast { x: m.strided(t, h), out: m.random_of(to, &[t, h]) }.into());
         }
@@ -187,9 +185,10 @@ fn add_rowwise(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DTy
 }
 
 /// Sequences with new tokens and keys in all.
-const SEQUENCES: &[&[(usize, usize)]] = &[&[(1, 1)], &[(3, 3), (1, 9)], &[(2, 5), (0, 4), (7, 40)]];
+const SEQUENCES: &[&[(usize, usize)]] =
+    &[&[(1, 1)], &[(3, 3), (1, 9)], &[(2, 5), (0, 4), (7, 40)], &[(66, 130), (1, 257)]];
 
-fn starts(lengths: impl Iterator<Item = usize>) -> SimTensor {
+fn starts(lengths: impl Iterator<Item = usize>) -> HostTensor {
     let mut all = vec![0];
     for n in lengths {
         all.push(all.last().unwrap() + n as i32);
@@ -197,13 +196,20 @@ fn starts(lengths: impl Iterator<Item = usize>) -> SimTensor {
     ints(&all)
 }
 
-fn add_attention(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DType) {
+fn add_attention(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DType) {
     let page_size = 4;
     for sequences in SEQUENCES {
         let (tokens, keys) = sequences.iter().fold((0, 0), |(t, k), s| (t + s.0, k + s.1));
         for (h, nope, rope, v, rank) in [(1, 1, 2, 1, 3), (3, 16, 6, 24, 70)] {
-            let mut add = |name: &str, op: Op<SimTensor>| {
-                all.push((format!("{name} {dtype} {sequences:?} h={h} nope={nope}"), op));
+            let mut add = |name: &str, op: Op<HostTensor>| {
+                all.push((
+                    {
+                        let lengths: Vec<String> =
+                            sequences.iter().map(|(q, kv)| format!("{q}of{kv}")).collect();
+                        format!("{name}/{dtype}/{}/h{h}", lengths.join("+"))
+                    },
+                    op,
+                ));
             };
             let mut work = AttentionWork::default();
             sequences.iter().for_each(|s| work.add(s.0 as u64, s.1 as u64));
@@ -220,7 +226,7 @@ fn add_attention(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: D
                 scale: 0.3,
                 work,
             };
-            add("prefill", prefill.into());
+            add("mla_prefill", prefill.into());
             // Pages scattered over a larger cache.
             let max_pages = sequences.iter().map(|s| s.1.div_ceil(page_size)).max().unwrap();
             let pages = sequences.len() * max_pages;
@@ -241,10 +247,10 @@ fn add_attention(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: D
                 scale: 0.3,
                 work,
             };
-            add("decode", decode.into());
+            add("mla_decode", decode.into());
             let out = m.random(&[keys, rank + rope]);
             add(
-                "cache read",
+                "cache_read",
                 CacheRead { cache: cache.clone(), block_table, kv_starts, out }.into(),
             );
             let slots: Vec<i32> = (0..tokens)
@@ -254,7 +260,7 @@ fn add_attention(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: D
             let distinct: std::collections::BTreeSet<_> = slots.iter().collect();
             if distinct.len() == slots.len() {
                 add(
-                    "cache write",
+                    "cache_write",
                     CacheWrite { latent, k_rope, slots: ints(&slots), cache }.into(),
                 );
             }
@@ -270,19 +276,21 @@ fn add_attention(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: D
                 let (w, n) = (m.random(&[h, nope + v, rank]), if k_major { rank } else { v });
                 let (start, len) = if k_major { (0, nope) } else { (nope, v) };
                 let (offset, desc) = w.desc.narrowed(1, start, len);
-                let w = SimTensor { offset, desc, ..w };
+                let w = HostTensor { offset, desc, ..w };
                 let x = if k_major { columns(x, 0, nope) } else { m.random(&[tokens, h, rank]) };
                 let out = m.random(&[tokens, h, n]);
-                add("batched", BatchedLinear { x, w, out, k_major }.into());
+                add("batched_linear", BatchedLinear { x, w, out, k_major }.into());
             }
         }
     }
 }
 
-fn add_experts(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DType) {
-    for (t, e, k, groups, kept) in [(1, 4, 1, 1, 1), (5, 8, 2, 4, 2), (33, 16, 3, 4, 3)] {
+fn add_experts(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DType) {
+    for (t, e, k, groups, kept) in
+        [(1, 4, 1, 1, 1), (5, 8, 2, 4, 2), (33, 16, 3, 4, 3), (129, 64, 8, 8, 4)]
+    {
         let mut add =
-            |name: &str, op: Op<SimTensor>| all.push((format!("{name} {dtype} t={t} e={e}"), op));
+            |name: &str, op: Op<HostTensor>| all.push((format!("{name}/{dtype}/t{t}e{e}"), op));
         let chosen: Vec<i32> = (0..t * k).map(|_| m.rng.below(e) as i32).collect();
         for shift in [0.0, -2.0] {
             let rng = &mut m.rng;
@@ -313,7 +321,7 @@ fn add_experts(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DTy
                 first_expert,
                 total_experts: e as u32,
             };
-            add("permute", permute.into());
+            add("moe_permute", permute.into());
         }
         if dtype != DType::F8E4M3 {
             for base in [None, Some(m.strided(t, 10))] {
@@ -321,14 +329,21 @@ fn add_experts(all: &mut Vec<(String, Op<SimTensor>)>, m: &mut Maker, dtype: DTy
                     (0..t * k).map(|i| if i % 4 == 3 { -1 } else { i as i32 }).collect();
                 let (y, weights) = (m.random(&[t * k, 10]), m.random_of(DType::F32, &[t, k]));
                 let (rows, out) = (matrix(ints(&rows), &[t, k]), m.random(&[t, 10]));
-                add("combine", MoeCombine { y, rows, weights, base, out }.into());
+                add("moe_combine", MoeCombine { y, rows, weights, base, out }.into());
             }
         }
     }
 }
 
-/// Every op over a grid of shapes and dtypes, with random operands.
-pub(super) fn cases() -> Vec<(String, Op<SimTensor>)> {
+fn slug(grid: BlockGrid) -> String {
+    match grid == BlockGrid::default() {
+        true => String::new(),
+        false => format!("/from{}.{}x{}", grid.row_offset, grid.column_offset, grid.stacks()),
+    }
+}
+
+/// Every op over a grid of shapes and dtypes, with random operands, each under a name of its own.
+pub fn cases() -> Vec<(String, Op<HostTensor>)> {
     let mut all = Vec::new();
     for dtype in [DType::F32, DType::Bf16, DType::F8E4M3] {
         let mut m = Maker { rng: Rng(1), dtype };
@@ -339,16 +354,21 @@ pub(super) fn cases() -> Vec<(String, Op<SimTensor>)> {
             add_attention(&mut all, &mut m, dtype);
         }
     }
-    for (name, op) in &all {
-        assert_eq!(hal::op::check(&op.desc()), Ok(()), "{name}");
+    let mut seen: HashMap<String, usize> = HashMap::new();
+    for (name, _) in &mut all {
+        let count = seen.entry(name.clone()).or_default();
+        *count += 1;
+        if *count > 1 {
+            *name = format!("{name}/{count}");
+        }
     }
     all
 }
 
 /// Ops whose index operands point outside, and words of the error.
-pub(super) fn hostile() -> Vec<(&'static str, Op<SimTensor>, &'static str)> {
+pub fn hostile() -> Vec<(&'static str, Op<HostTensor>, &'static str)> {
     let f = |shape: &[usize]| tensor(DType::F32, shape, |_| 1.0);
-    let decode = |pages: &[i32], q_starts: &[i32], kv_lens: &[i32]| -> Op<SimTensor> {
+    let decode = |pages: &[i32], q_starts: &[i32], kv_lens: &[i32]| -> Op<HostTensor> {
         MlaDecode {
             q_latent: f(&[2, 1, 3]),
             q_rope: f(&[2, 1, 2]),
@@ -362,7 +382,7 @@ pub(super) fn hostile() -> Vec<(&'static str, Op<SimTensor>, &'static str)> {
         }
         .into()
     };
-    let permute = |expert: i32| -> Op<SimTensor> {
+    let permute = |expert: i32| -> Op<HostTensor> {
         MoePermute {
             x: f(&[1, 2]),
             x_scales: None,
@@ -376,13 +396,36 @@ pub(super) fn hostile() -> Vec<(&'static str, Op<SimTensor>, &'static str)> {
         }
         .into()
     };
-    let combine = |row: i32| -> Op<SimTensor> {
+    let combine = |row: i32| -> Op<HostTensor> {
         let rows = matrix(ints(&[row]), &[1, 1]);
         MoeCombine { y: f(&[1, 2]), rows, weights: f(&[1, 1]), base: None, out: f(&[1, 2]) }.into()
     };
-    let write = |slot: i32| -> Op<SimTensor> {
+    let write = |slot: i32| -> Op<HostTensor> {
         let (latent, k_rope) = (f(&[1, 3]), f(&[1, 2]));
         CacheWrite { latent, k_rope, slots: ints(&[slot]), cache: f(&[4, 2, 5]) }.into()
+    };
+    let gather = |row| -> Op<HostTensor> {
+        let (table, rows, out) = (f(&[4, 2]), ints(&[row]), f(&[1, 2]));
+        GatherRows { table, rows, out, first_row: 0, total_rows: 4 }.into()
+    };
+    let rope = |position| -> Op<HostTensor> {
+        Rope { x: f(&[1, 1, 2]), positions: ints(&[position]), table: f(&[3, 2]) }.into()
+    };
+    let grouped = |offsets: &[i32]| -> Op<HostTensor> {
+        GroupedLinear {
+            x: f(&[3, 4]),
+            x_scales: None,
+            w: f(&[2, 5, 4]),
+            w_scales: None,
+            offsets: ints(offsets),
+            out: f(&[3, 5]),
+            grid: BlockGrid::default(),
+            routing: Routing::default(),
+        }
+        .into()
+    };
+    let argmax = |value: f64| -> Op<HostTensor> {
+        ArgMax { x: tensor(DType::F32, &[1, 3], |_| value), out: ints(&[0]), limit: 3 }.into()
     };
     vec![
         ("page", decode(&[0, 9], &[0, 2], &[4]), "page 9 is not one of the cache's 4"),
@@ -395,5 +438,14 @@ pub(super) fn hostile() -> Vec<(&'static str, Op<SimTensor>, &'static str)> {
         ("negative expert", permute(-1), "expert -1"),
         ("row", combine(1), "row 1 of token 0"),
         ("slot", write(8), "slot 8"),
+        ("gathered row", gather(4), "row 4"),
+        ("negative gathered row", gather(-1), "row -1"),
+        ("position", rope(3), "position 3"),
+        ("negative position", rope(-7), "position -7"),
+        ("offsets beyond the rows", grouped(&[0, 2, 4]), "at most 3"),
+        ("falling offsets", grouped(&[0, 2, 1]), "do not ascend"),
+        ("offsets not from zero", grouped(&[1, 2, 3]), "from 0"),
+        ("negative offsets", grouped(&[0, -1, 3]), "do not ascend"),
+        ("not a number", argmax(f64::NAN), "NaN at 0"),
     ]
 }
