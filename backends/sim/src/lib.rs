@@ -24,6 +24,7 @@ pub mod machine;
 mod memory;
 mod stream;
 mod system;
+mod workers;
 
 pub use machine::{Machine, MachineError};
 pub use system::{Mode, Options, System};

@@ -5,6 +5,7 @@ use crate::cost::{CostModel, Roofline};
 use crate::device::{DieState, SimDevice};
 use crate::kernels;
 use crate::machine::Machine;
+use crate::workers::Workers;
 use hal::hazard::StreamOrder;
 use hal::{CommunicatorId, Device, DeviceId, Error, Topology};
 use parking_lot::Mutex;
@@ -59,7 +60,7 @@ pub(crate) struct Shared {
     pub(crate) cost: Box<dyn CostModel>,
     pub(crate) mode: Mode,
     pub(crate) kernels: kernels::Context,
-    pub(crate) pool: rayon::ThreadPool,
+    pub(crate) pool: Workers,
     pub(crate) order: StreamOrder,
     pub(crate) groups: Mutex<HashMap<CommunicatorId, Arc<Group>>>,
     pub(crate) next_communicator: AtomicU64,
@@ -76,16 +77,12 @@ impl System {
         let threads = options.threads.unwrap_or_else(|| {
             std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
         });
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|i| format!("sim-{i}"))
-            .build()
-            .map_err(|e| Error::Runtime {
-                device: DeviceId(0),
-                call: "starting worker threads",
-                code: 0,
-                text: e.to_string(),
-            })?;
+        let pool = Workers::start(threads).map_err(|e| Error::Runtime {
+            device: DeviceId(0),
+            call: "starting worker threads",
+            code: 0,
+            text: e.to_string(),
+        })?;
         let topology = machine.topology();
         let dies = (0..machine.dies())
             .map(|i| DieState::new(DeviceId(i), &machine, &topology, options.mode))

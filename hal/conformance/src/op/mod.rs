@@ -45,8 +45,9 @@ pub fn compare(dtype: DType, got: &[f64], expected: &[f64]) -> Result<(), String
     let largest = expected.iter().filter(|v| v.is_finite()).fold(0.0, |m: f64, v| m.max(v.abs()));
     let allowed = tolerance(dtype) * largest;
     for (i, (got, want)) in got.iter().zip(expected).enumerate() {
-        let off = (got - want).abs();
-        if !want.is_nan() && !(off <= allowed) {
+        // Not "off > allowed", which a NaN would pass.
+        let close = (got - want).abs() <= allowed;
+        if !want.is_nan() && !close {
             return Err(format!("[{i}] is {got}, expected {want} within {allowed:e}"));
         }
     }
