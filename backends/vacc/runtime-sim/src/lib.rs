@@ -5,7 +5,7 @@
 //! every pointer that comes in is checked for null and every struct for its size. What it cannot
 //! check is what no C library can: that a pointer which is not null points to what it should.
 //!
-//! Settings ([`vacc_instance_create`](system::vacc_instance_create)): `machine=NAME|FILE` (va16),
+//! Settings of `vacc_instance_create`: `machine=NAME|FILE` (va16),
 //! `timing=on|off|only` (on), `threads=N` (one per processor).
 
 mod collective;

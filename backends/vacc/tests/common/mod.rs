@@ -1,7 +1,8 @@
 //! What the tests of the FFI backend share.
 #![allow(dead_code, reason = "each test file uses some of it")]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use vacc::{Options, Runtime, Search, System};
 
@@ -20,4 +21,28 @@ pub(crate) fn load(path: PathBuf) -> Arc<Runtime> {
 pub(crate) fn system(runtime: &Arc<Runtime>, config: &str) -> hal::Result<System> {
     let options = Options { visible_devices: None, config: Some(config.to_string()) };
     System::new(runtime.clone(), &options)
+}
+
+/// Where C sources lie.
+pub(crate) fn c_source(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c").join(name)
+}
+
+/// Compiles with the system's compiler; the result lies in Cargo's folder for tests.
+pub(crate) fn cc(sources: &[PathBuf], output: &str, flags: &[&str]) -> PathBuf {
+    let output = Path::new(env!("CARGO_TARGET_TMPDIR")).join(output);
+    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("include");
+    let mut command = Command::new("cc");
+    command.args(["-Wall", "-Wextra", "-Werror", "-O1", "-g", "-I"]).arg(include);
+    command.args(sources).args(flags).arg("-o").arg(&output);
+    let done = command.output().expect("a C compiler, `cc`, is installed");
+    let errors = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{command:?}: {errors}");
+    output
+}
+
+/// The runtime that does nothing, in a variant: see `c/fake.c`. Each name is a library of its own.
+pub(crate) fn fake(name: &str, variant: &[&str]) -> PathBuf {
+    let flags = [&["-std=c99", "-shared", "-fPIC"], variant].concat();
+    cc(&[c_source("fake.c")], &format!("libfake-{name}.so"), &flags)
 }

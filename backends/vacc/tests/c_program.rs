@@ -1,0 +1,58 @@
+//! A C program drives the simulator's library through `vacc.h` alone, plainly and under valgrind.
+
+mod common;
+
+use std::path::PathBuf;
+use std::process::Command;
+
+fn driver() -> PathBuf {
+    let library = common::simulated_runtime();
+    let sources = [common::c_source("driver.c"), library];
+    common::cc(&sources, "driver", &["-std=c99", "-pedantic", "-lpthread"])
+}
+
+fn passes(command: &mut Command) {
+    // The library is linked by its path; the system's loader must be able to find it by its name.
+    let folder = common::simulated_runtime().parent().unwrap().to_path_buf();
+    let done = command.env("LD_LIBRARY_PATH", folder).output().unwrap();
+    let told = String::from_utf8_lossy(&done.stdout);
+    let errors = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{command:?}: {told}{errors}");
+    let checks: u32 = told.split(' ').next().unwrap().parse().unwrap();
+    assert!(checks >= 200, "{told}");
+}
+
+#[test]
+fn it_passes_plainly_and_under_valgrind() {
+    let driver = driver();
+    passes(&mut Command::new(&driver));
+    let mut valgrind = Command::new("valgrind");
+    valgrind.args(["--error-exitcode=9", "--leak-check=full", "--quiet"]);
+    valgrind.args(["--errors-for-leak-kinds=definite,indirect,possible"]).arg(&driver);
+    match Command::new("valgrind").arg("--version").output() {
+        Ok(_) => passes(&mut valgrind),
+        Err(error) => eprintln!("not run under valgrind: {error}"),
+    }
+}
+
+#[test]
+fn the_header_is_also_cpp() {
+    let source = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("header.cpp");
+    std::fs::write(
+        &source,
+        "#include \"vacc.h\"\n#include \"vacc.h\"\nint main() { return VACC_OK; }\n",
+    )
+    .unwrap();
+    let flags = ["-std=c++17", "-pedantic", "-fsyntax-only"];
+    // The front end alone: no C++ library is needed, and a machine may lack the C++ compiler.
+    match Command::new("c++").arg("--version").output() {
+        Ok(_) => {
+            let include = concat!(env!("CARGO_MANIFEST_DIR"), "/include");
+            let mut command = Command::new("c++");
+            command.args(flags).args(["-Wall", "-Wextra", "-Werror", "-I", include]).arg(&source);
+            let done = command.output().unwrap();
+            assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        }
+        Err(error) => eprintln!("not compiled as C++: {error}"),
+    }
+}
