@@ -66,15 +66,18 @@ impl CollectiveKind {
 ///
 /// "In place" means that `send` and `recv` name the memory that the rule gives; other overlap is a
 /// mistake.
+///
+/// Generic over the operand, as [`crate::Op`] is: devices take `Collective<Tensor>`, graphs hold
+/// collectives over their own value ids.
 #[derive(Clone, Debug)]
-pub enum Collective {
+pub enum Collective<T = Tensor> {
     /// Every rank gets the combination of all `send`. In place: `send` is `recv`.
     #[doc(alias = "ncclAllReduce")]
     AllReduce {
         /// `n` elements.
-        send: Tensor,
+        send: T,
         /// `n` elements.
-        recv: Tensor,
+        recv: T,
         /// How to combine.
         reduction: Reduction,
     },
@@ -83,18 +86,18 @@ pub enum Collective {
     #[doc(alias = "ncclAllGather")]
     AllGather {
         /// `n` elements.
-        send: Tensor,
+        send: T,
         /// `size · n` elements.
-        recv: Tensor,
+        recv: T,
     },
     /// Rank `r` gets part `r` of the combination of all `send`. In place: `recv` is part `rank` of
     /// `send`.
     #[doc(alias = "ncclReduceScatter")]
     ReduceScatter {
         /// `size · n` elements.
-        send: Tensor,
+        send: T,
         /// `n` elements.
-        recv: Tensor,
+        recv: T,
         /// How to combine.
         reduction: Reduction,
     },
@@ -102,9 +105,9 @@ pub enum Collective {
     #[doc(alias = "MPI_Alltoallv")]
     AllToAll {
         /// The parts for rank 0, 1, … one after the other.
-        send: Tensor,
+        send: T,
         /// The parts from rank 0, 1, … one after the other.
-        recv: Tensor,
+        recv: T,
         /// Elements for and from each peer, zero allowed; `None` cuts both tensors in equal parts.
         counts: Option<Arc<PeerCounts>>,
     },
@@ -112,7 +115,7 @@ pub enum Collective {
     #[doc(alias = "ncclBroadcast")]
     Broadcast {
         /// Read on the root, written on the others.
-        tensor: Tensor,
+        tensor: T,
         /// The rank that sends.
         root: usize,
     },
@@ -120,7 +123,7 @@ pub enum Collective {
     #[doc(alias = "ncclSend")]
     Send {
         /// What to send.
-        tensor: Tensor,
+        tensor: T,
         /// The rank that receives.
         peer: usize,
     },
@@ -128,7 +131,7 @@ pub enum Collective {
     #[doc(alias = "ncclRecv")]
     Recv {
         /// Where to put it.
-        tensor: Tensor,
+        tensor: T,
         /// The rank that sends.
         peer: usize,
     },
@@ -143,7 +146,7 @@ pub struct PeerCounts {
     pub recv: Vec<usize>,
 }
 
-impl Collective {
+impl<T> Collective<T> {
     /// Its kind.
     pub fn kind(&self) -> CollectiveKind {
         match self {
@@ -158,7 +161,7 @@ impl Collective {
     }
 
     /// What this rank reads and what it writes. `rank` decides for a broadcast.
-    pub fn tensors(&self, rank: usize) -> (Option<&Tensor>, Option<&Tensor>) {
+    pub fn tensors(&self, rank: usize) -> (Option<&T>, Option<&T>) {
         match self {
             Collective::AllReduce { send, recv, .. }
             | Collective::AllGather { send, recv }
@@ -171,6 +174,35 @@ impl Collective {
         }
     }
 
+    /// The same collective over other operands.
+    pub fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> Collective<U> {
+        match self {
+            Collective::AllReduce { send, recv, reduction } => {
+                Collective::AllReduce { send: f(send), recv: f(recv), reduction: *reduction }
+            }
+            Collective::AllGather { send, recv } => {
+                Collective::AllGather { send: f(send), recv: f(recv) }
+            }
+            Collective::ReduceScatter { send, recv, reduction } => {
+                Collective::ReduceScatter { send: f(send), recv: f(recv), reduction: *reduction }
+            }
+            Collective::AllToAll { send, recv, counts } => {
+                Collective::AllToAll { send: f(send), recv: f(recv), counts: counts.clone() }
+            }
+            Collective::Broadcast { tensor, root } => {
+                Collective::Broadcast { tensor: f(tensor), root: *root }
+            }
+            Collective::Send { tensor, peer } => {
+                Collective::Send { tensor: f(tensor), peer: *peer }
+            }
+            Collective::Recv { tensor, peer } => {
+                Collective::Recv { tensor: f(tensor), peer: *peer }
+            }
+        }
+    }
+}
+
+impl<T: Operand> Collective<T> {
     /// Element type, taken from the first tensor.
     pub fn dtype(&self) -> DType {
         match self {
