@@ -13,7 +13,9 @@ pub mod config;
 pub mod engine;
 pub mod graph;
 pub mod numerics;
+pub mod plan;
 pub mod sampling;
+pub mod schedule;
 pub mod tokenizer;
 pub mod weights;
 

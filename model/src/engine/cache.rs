@@ -1,8 +1,5 @@
-//! The latent KV cache in pages (vLLM's PagedAttention, SOSP 2023).
-
-use super::EngineOptions;
-use crate::config::ModelConfig;
-use hal::{Stream, Tensor};
+//! The pages of the latent KV cache (vLLM's PagedAttention, SOSP 2023): who holds which. The
+//! memory itself, `[pages, page_size, latent + rope]` per layer, is the ranks'.
 
 /// No page is free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -16,9 +13,10 @@ pub struct CacheFull {
     pub pages: usize,
 }
 
-/// A sequence's place in the cache. Made and ended by the [`PagedCache`].
+/// A sequence's place in the cache. Made and ended by the engine.
 #[derive(Debug, Default)]
 pub struct Sequence {
+    data_rank: usize,
     pages: Vec<u32>,
     len: usize,
 }
@@ -34,14 +32,19 @@ impl Sequence {
         self.len == 0
     }
 
+    /// Which of the ranks that share the sequences it is with.
+    pub fn data_rank(&self) -> usize {
+        self.data_rank
+    }
+
+    pub(super) fn on(data_rank: usize) -> Self {
+        Sequence { data_rank, ..Sequence::default() }
+    }
+
     pub(super) fn pages(&self) -> &[u32] {
         &self.pages
     }
 
-    /// Where position `position` lies: page times page size plus offset.
-    pub(super) fn slot(&self, position: usize, page_size: usize) -> usize {
-        self.pages[position / page_size] as usize * page_size + position % page_size
-    }
 
     /// Takes another sequence's pages, for a layer that caches the same positions. The pages stay
     /// the other's: this sequence is dropped, not released.
@@ -55,43 +58,26 @@ impl Sequence {
     }
 }
 
-/// Pages of cached latents, one tensor `[pages, page_size, latent + rope]` per layer; a page is the
-/// same number in every layer.
+/// The pages of one data rank: the same numbers on each of its dies and in every layer.
 #[derive(Debug)]
-pub struct PagedCache {
-    layers: Vec<Tensor>,
+pub struct PagePool {
     free: Vec<u32>,
+    /// Pages of tokens that only fill up a batch.
+    padding: Vec<u32>,
     pages: usize,
     page_size: usize,
+    sequences: usize,
 }
 
-/// Pages for as many sequences of full length as the options ask for.
-pub(super) fn pages(options: EngineOptions) -> usize {
-    options.max_sequences * options.max_model_len.div_ceil(options.page_size)
-}
-
-impl PagedCache {
-    pub(super) fn new(
-        stream: &dyn Stream,
-        config: &ModelConfig,
-        options: EngineOptions,
-        layers: usize,
-    ) -> hal::Result<Self> {
-        let pages = pages(options);
-        let shape = [pages, options.page_size, config.kv_latent_width()];
-        let dtype = options.numerics.activations();
-        let layers =
-            (0..layers).map(|_| stream.alloc_tensor(dtype, &shape)).collect::<hal::Result<_>>()?;
+impl PagePool {
+    pub(super) fn new(pages: usize, padding: usize, page_size: usize) -> Self {
         // The lowest page is taken first, so that a run's addresses are the same every time.
         let free = (0..pages as u32).rev().collect();
-        Ok(PagedCache { layers, free, pages, page_size: options.page_size })
+        let padding = (pages as u32..(pages + padding) as u32).collect();
+        PagePool { free, padding, pages, page_size, sequences: 0 }
     }
 
-    pub(super) fn layer(&self, layer: usize) -> &Tensor {
-        &self.layers[layer]
-    }
-
-    /// Pages in all.
+    /// Pages for sequences.
     pub fn pages(&self) -> usize {
         self.pages
     }
@@ -99,6 +85,20 @@ impl PagedCache {
     /// Pages that no sequence holds.
     pub fn free_pages(&self) -> usize {
         self.free.len()
+    }
+
+    /// Pages of tokens that only fill up a batch.
+    pub(super) fn padding(&self) -> &[u32] {
+        &self.padding
+    }
+
+    /// Sequences that were started and not ended.
+    pub(super) fn sequences(&self) -> usize {
+        self.sequences
+    }
+
+    pub(super) fn start(&mut self) {
+        self.sequences += 1;
     }
 
     /// Makes room for `tokens` more tokens of a sequence.
@@ -119,6 +119,7 @@ impl PagedCache {
 
     /// Ends a sequence; its pages are free again.
     pub(super) fn release(&mut self, sequence: Sequence) {
+        self.sequences = self.sequences.saturating_sub(1);
         self.free.extend(sequence.pages.into_iter().rev());
     }
 }

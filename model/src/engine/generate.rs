@@ -68,13 +68,13 @@ impl Engine {
         on_token: &mut dyn FnMut(u32),
     ) -> Result<Generation, EngineError> {
         self.check_prompt(prompt)?;
-        if !self.device().properties().functional {
+        if !self.is_functional() {
             return Err(EngineError::NoValues);
         }
-        let vocabulary = self.options.vocabulary.unwrap_or(self.config.vocab_size);
+        let vocabulary = self.vocabulary();
         let allowed = match &options.allowed {
             Some(mask) => AllowedIds::Mask(mask.clone()),
-            None => AllowedIds::Below(vocabulary.min(self.config.vocab_size)),
+            None => AllowedIds::Below(vocabulary),
         };
         let chooser = Chooser {
             // The device can choose the largest by itself, unless ids below the limit are missing.
@@ -88,6 +88,12 @@ impl Engine {
         result
     }
 
+    /// When the last of all ranks was done with everything submitted so far, on the devices' clock.
+    fn now(&self) -> Option<(Clock, u64)> {
+        let ends = self.ranks.iter().filter_map(|rank| rank.point().completed_at());
+        ends.map(|t| (t.clock, t.picos)).max_by_key(|(_, picos)| *picos)
+    }
+
     fn generate_in(
         &mut self,
         sequence: &mut Sequence,
@@ -99,12 +105,12 @@ impl Engine {
         let mut token_ids = Vec::new();
         let mut finish_reason = FinishReason::Length;
         // What ran before (loading, another prompt) has ended by now.
-        let began = self.stream.point();
+        let began = self.now();
         let mut first = None;
         let mut output = None;
         if options.max_tokens > 0 {
             output = Some(self.prefill(sequence, prompt, chooser.wanted())?);
-            first = Some(self.stream.point());
+            first = self.now();
         }
         while let Some(step) = output.take() {
             let token = chooser.choose(&step)?;
@@ -118,9 +124,7 @@ impl Engine {
                 output = Some(self.decode(&mut [(sequence, token)], chooser.wanted())?);
             }
         }
-        let last = self.stream.point();
-        let picos = |p: &hal::Point| p.completed_at().map(|t| (t.clock, t.picos));
-        let timing = match (picos(&began), first.as_ref().and_then(picos), picos(&last)) {
+        let timing = match (began, first, self.now()) {
             (Some((clock, start)), Some((_, first)), Some((_, end))) => {
                 Some(Timing { clock, prefill_ps: first - start, decode_ps: end - first })
             }

@@ -1,25 +1,52 @@
-//! Running the model on a die: steps over batches of sequences, and generation.
+//! Running the model on the ranks of a plan: steps over batches of sequences, and generation.
+//!
+//! | part | file |
+//! |---|---|
+//! | setting up, and what can go wrong | this one |
+//! | what a plan takes of each die's memory | `memory.rs` |
+//! | a rank: die, streams, weights, cache | `rank.rs` |
+//! | a schedule bound to a rank's memory | `program.rs` |
+//! | which tokens go together, and what the host sends | `batch.rs` |
+//! | one step on all ranks | `step.rs` |
+//! | failures: one origin, and everybody released | `failure.rs` |
+//! | pages of the KV cache | `cache.rs` |
+//! | prompt in, tokens out | `generate.rs` |
 
+mod batch;
 mod cache;
+mod failure;
 mod generate;
+mod memory;
 mod program;
+mod rank;
 mod step;
 
-pub use cache::{CacheFull, PagedCache, Sequence};
+pub use cache::{CacheFull, PagePool, Sequence};
 pub use generate::{FinishReason, Generation, GenerationOptions, Timing};
+pub use memory::{Fitting, MemoryPlan, fitting, memory_plan};
 pub use step::{StepOutput, Wanted};
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::config::ModelConfig;
 use crate::numerics::Numerics;
+use crate::plan::{ParallelPlan, PlanError};
 use crate::sampling::SamplingError;
-use crate::weights::{self, LoadError, LoadProgress, PlanOptions, WeightKey, WeightSpec, Weights};
-use hal::{Buffer, Device, Stream};
-use program::{Program, ProgramKey};
-use serde::Serialize;
-use std::collections::HashMap;
+use crate::weights::{self, LoadError, LoadProgress, Weights};
+use hal::Device;
+use rank::Rank;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// What may hide behind what.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Overlap {
+    /// Collectives hide behind what the graph leaves independent of them, and no more.
+    #[default]
+    None,
+    /// A step's tokens go through the model in two halves; the collectives of one hide behind the
+    /// computation of the other.
+    TwoBatch,
+}
 
 /// How an engine is set up.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +65,8 @@ pub struct EngineOptions {
     pub vocabulary: Option<usize>,
     /// Whether the MTP module is wanted, if the checkpoint has one.
     pub mtp: bool,
+    /// What may hide behind what.
+    pub overlap: Overlap,
     /// How long a step may take on the host before it counts as hanging.
     pub timeout: Duration,
 }
@@ -52,6 +81,7 @@ impl Default for EngineOptions {
             page_size: 64,
             vocabulary: None,
             mtp: false,
+            overlap: Overlap::None,
             timeout: Duration::from_secs(600),
         }
     }
@@ -70,6 +100,19 @@ pub enum EngineError {
     /// The device.
     #[error(transparent)]
     Device(#[from] hal::Error),
+    /// The plan, for the machine at hand.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A rank did not finish a step in time.
+    #[error("the step did not end within {after:?}: {device} is behind: {pending}")]
+    Hangs {
+        /// The die whose commands hold up the others.
+        device: hal::DeviceId,
+        /// How long the engine was ready to wait.
+        after: Duration,
+        /// Its oldest unfinished command, and what it waits for.
+        pending: String,
+    },
     /// Sampling.
     #[error(transparent)]
     Sampling(#[from] SamplingError),
@@ -141,87 +184,149 @@ pub enum EngineError {
     NoMtp,
 }
 
-/// What an engine takes of the device's memory, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct MemoryPlan {
-    /// Weights.
-    pub weights: u64,
-    /// KV cache.
-    pub cache: u64,
-    /// Scratch of the largest step.
-    pub workspace: u64,
-}
-
-impl MemoryPlan {
-    /// The sum.
-    pub const fn total(&self) -> u64 {
-        self.weights + self.cache + self.workspace
-    }
-}
-
-/// The model on a die.
+/// The model on its dies.
 #[derive(Debug)]
 pub struct Engine {
-    device: Arc<dyn Device>,
-    stream: Arc<dyn Stream>,
     config: ModelConfig,
     options: EngineOptions,
-    specs: HashMap<WeightKey, WeightSpec>,
-    weights: Weights,
-    cache: PagedCache,
-    workspace: Option<Buffer>,
-    programs: HashMap<ProgramKey, Program>,
-    memory: MemoryPlan,
+    plan: ParallelPlan,
+    ranks: Vec<Rank>,
+    /// Of each data rank.
+    pools: Vec<PagePool>,
+    cache_pages: usize,
+    memory: Vec<MemoryPlan>,
+    read_bytes: u64,
     has_mtp: bool,
 }
 
 impl Engine {
-    /// Checks that everything is there and fits, then loads the weights.
+    /// Loads the model on one die.
     ///
     /// # Errors
     ///
-    /// [`EngineError`]; nothing stays allocated.
+    /// As [`Engine::load_on`].
     pub fn load(
         device: Arc<dyn Device>,
         checkpoint: &Checkpoint,
         options: EngineOptions,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Engine, EngineError> {
+        let plan = ParallelPlan::single(checkpoint.config());
+        Engine::load_on(vec![device], plan, checkpoint, options, progress)
+    }
+
+    /// Checks that everything is there and fits, then loads the weights. Rank `r` of the plan is on
+    /// `devices[r]`; further devices are left alone.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError`]; nothing stays allocated.
+    pub fn load_on(
+        devices: Vec<Arc<dyn Device>>,
+        plan: ParallelPlan,
+        checkpoint: &Checkpoint,
+        options: EngineOptions,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Engine, EngineError> {
         let config = checkpoint.config().clone();
+        let has_mtp = options.mtp && checkpoint.has_mtp()?;
+        checkpoint.verify()?;
+        let mut engine = Engine::unloaded(&devices, plan, config, options, has_mtp)?;
+        let planned = |number: usize, device: Arc<dyn Device>| {
+            let rank = engine.plan.rank(number);
+            let weights = weights::plan(&engine.config, &rank, memory::plan_options(options, has_mtp));
+            (device, rank, weights)
+        };
+        let devices = devices.into_iter().take(engine.plan.ranks()).enumerate();
+        let ranks: Vec<_> = devices.map(|(number, device)| planned(number, device)).collect();
+        let loaded =
+            weights::load(&ranks, checkpoint, memory::plan_options(options, has_mtp), progress)?;
+        engine.read_bytes = loaded.iter().map(|w| w.read_bytes).sum();
+        engine.populate(ranks.into_iter().zip(loaded).map(|((d, r, p), w)| (d, r, p, w)))?;
+        Ok(engine)
+    }
+
+    /// An engine whose weights are allocated and not loaded: for devices that compute no values, where
+    /// steps have times and nothing else.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::load_on`].
+    pub fn timing_only(
+        devices: Vec<Arc<dyn Device>>,
+        plan: ParallelPlan,
+        config: ModelConfig,
+        options: EngineOptions,
+    ) -> Result<Engine, EngineError> {
+        let has_mtp = options.mtp && config.mtp_layer().is_some();
+        let mut engine = Engine::unloaded(&devices, plan, config, options, has_mtp)?;
+        let mut ranks = Vec::with_capacity(engine.plan.ranks());
+        for (number, device) in devices.into_iter().take(engine.plan.ranks()).enumerate() {
+            let rank = engine.plan.rank(number);
+            let plan = weights::plan(&engine.config, &rank, memory::plan_options(options, has_mtp));
+            let weights = weights::allocate(&device, &plan)?;
+            ranks.push((device, rank, plan, weights));
+        }
+        engine.populate(ranks.into_iter())?;
+        Ok(engine)
+    }
+
+    /// Checks the plan against the devices, the context and the memory.
+    fn unloaded(
+        devices: &[Arc<dyn Device>],
+        plan: ParallelPlan,
+        config: ModelConfig,
+        options: EngineOptions,
+        has_mtp: bool,
+    ) -> Result<Engine, EngineError> {
         if options.max_model_len > config.max_position_embeddings {
             return Err(EngineError::ContextTooLong {
                 asked: options.max_model_len,
                 limit: config.max_position_embeddings,
             });
         }
-        let has_mtp = options.mtp && checkpoint.has_mtp()?;
-        checkpoint.verify()?;
-        let plan_options = PlanOptions {
-            numerics: options.numerics,
-            mtp: has_mtp,
-            positions: options.max_model_len,
-        };
-        let plan = weights::plan(&config, plan_options);
-        let by_key: HashMap<_, _> = plan.iter().map(|s| (s.key, s.clone())).collect();
-        let memory = memory_plan(&config, &by_key, options, has_mtp);
-        refuse_if_too_large(&*device, memory, options)?;
-        let weights = weights::load(&device, checkpoint, &plan, progress)?;
-        let stream = device.stream("compute")?;
-        let layers = config.num_hidden_layers + usize::from(has_mtp);
-        let cache = PagedCache::new(&*stream, &config, options, layers)?;
+        if plan.ranks() > devices.len() {
+            return Err(PlanError::too_many_ranks(plan.options(), devices.len()).into());
+        }
+        let memory = memory_plan(&config, &plan, options, has_mtp);
+        let mut free = Vec::with_capacity(plan.ranks());
+        for device in &devices[..plan.ranks()] {
+            free.push((device.properties().id, device.memory_info()?.free()));
+        }
+        memory::refuse_if_too_large(&config, &plan, options, has_mtp, &memory, &free)?;
+        let pages = memory::pages(options, &plan);
+        let padding = memory::padding_pages(options, &plan);
+        let pool = || PagePool::new(pages, padding, options.page_size);
+        let pools = (0..plan.options().data).map(|_| pool()).collect();
+        let cache_pages = pages + padding;
         Ok(Engine {
-            device,
-            stream,
             config,
             options,
-            specs: by_key,
-            weights,
-            cache,
-            workspace: None,
-            programs: HashMap::new(),
+            plan,
+            ranks: Vec::new(),
+            pools,
+            cache_pages,
             memory,
+            read_bytes: 0,
             has_mtp,
         })
+    }
+
+    /// Sets up the ranks around their weights and connects them.
+    fn populate(
+        &mut self,
+        ranks: impl Iterator<
+            Item = (Arc<dyn Device>, crate::plan::RankPlan, weights::WeightPlan, Weights),
+        >,
+    ) -> Result<(), EngineError> {
+        let mtp = self.config.mtp_layer().filter(|_| self.has_mtp);
+        for (device, rank, weight_plan, weights) in ranks {
+            let mut rank = Rank::new(device, rank, weight_plan, weights)?;
+            rank.allocate_cache(&self.config, self.options, self.cache_pages, mtp)?;
+            self.ranks.push(rank);
+        }
+        rank::connect(&mut self.ranks, &self.plan)?;
+        Ok(())
     }
 
     /// The configuration.
@@ -234,14 +339,19 @@ impl Engine {
         &self.options
     }
 
-    /// The die.
-    pub fn device(&self) -> &Arc<dyn Device> {
-        &self.device
+    /// Who holds what.
+    pub fn plan(&self) -> &ParallelPlan {
+        &self.plan
     }
 
-    /// What it takes of the die's memory.
-    pub fn memory(&self) -> MemoryPlan {
-        self.memory
+    /// The dies, by rank.
+    pub fn devices(&self) -> impl Iterator<Item = &Arc<dyn Device>> {
+        self.ranks.iter().map(|rank| &rank.device)
+    }
+
+    /// What each rank takes of its die's memory.
+    pub fn memory(&self) -> &[MemoryPlan] {
+        &self.memory
     }
 
     /// Whether the MTP module is loaded.
@@ -249,59 +359,18 @@ impl Engine {
         self.has_mtp
     }
 
-    /// Bytes of the checkpoint that were read.
+    /// Bytes of the checkpoint that were read, all ranks together.
     pub fn read_bytes(&self) -> u64 {
-        self.weights.read_bytes
+        self.read_bytes
     }
-}
 
-/// Bytes of a token in the KV cache, all layers together.
-fn cache_bytes_per_token(config: &ModelConfig, numerics: Numerics, mtp: bool) -> u64 {
-    let layers = config.num_hidden_layers + usize::from(mtp);
-    (layers * config.kv_latent_width() * numerics.activations().size()) as u64
-}
-
-/// Adds up weights, cache, and the workspace of the largest prefill step.
-fn memory_plan(
-    config: &ModelConfig,
-    specs: &HashMap<WeightKey, WeightSpec>,
-    options: EngineOptions,
-    mtp: bool,
-) -> MemoryPlan {
-    let pages = cache::pages(options) as u64;
-    MemoryPlan {
-        weights: specs.values().map(WeightSpec::bytes).sum(),
-        cache: pages
-            * options.page_size as u64
-            * cache_bytes_per_token(config, options.numerics, mtp),
-        workspace: program::largest_workspace(config, specs, options),
+    /// Whether the devices compute values.
+    fn is_functional(&self) -> bool {
+        self.ranks.iter().all(|rank| rank.device.properties().functional)
     }
-}
 
-fn refuse_if_too_large(
-    device: &dyn Device,
-    plan: MemoryPlan,
-    options: EngineOptions,
-) -> Result<(), EngineError> {
-    let capacity = device.memory_info()?.free();
-    if plan.total() <= capacity {
-        return Ok(());
+    /// Ids that have a token.
+    fn vocabulary(&self) -> usize {
+        self.options.vocabulary.unwrap_or(self.config.vocab_size).min(self.config.vocab_size)
     }
-    let fixed = plan.weights + plan.workspace;
-    let per_token = plan.cache / (options.max_model_len * options.max_sequences).max(1) as u64;
-    let fitting = capacity.saturating_sub(fixed) / per_token.max(1) / options.max_sequences as u64;
-    let advice = match fitting / options.page_size as u64 * options.page_size as u64 {
-        0 => "the weights alone need more memory or more dies".to_string(),
-        tokens => format!("the longest context that fits is {tokens} tokens"),
-    };
-    Err(EngineError::DoesNotFit {
-        device: device.properties().id,
-        weights: plan.weights,
-        cache: plan.cache,
-        workspace: plan.workspace,
-        total: plan.total(),
-        capacity,
-        max_model_len: options.max_model_len,
-        advice,
-    })
 }

@@ -1,19 +1,27 @@
-//! A graph bound to memory: commands that are ready to submit, again and again.
+//! A schedule bound to a rank's memory: commands that are ready to submit, again and again.
 
-use super::{Engine, EngineError, EngineOptions, PagedCache};
+use super::rank::Rank;
+use super::{EngineError, Overlap};
 use crate::config::ModelConfig;
-use crate::graph::{self, Arena, Form, Graph, Input, Output, Source, StepShape};
+use crate::graph::{
+    self, Form, Graph, Input, MicroBatch, ModelInputs, Output, Source, StepShape, ValueId, Work,
+};
 use crate::numerics::Numerics;
-use crate::weights::{WeightKey, WeightSpec, Weights};
+use crate::schedule::{self, COMPUTE, Event, Item, Lane, Schedule};
 use hal::op::AttentionWork;
-use hal::{Buffer, Command, DType, Op, Operand, Region, Stream, Tensor, TensorDesc};
+use hal::{
+    Buffer, Collective, Command, Communicator, DType, Label, Op, Operand, Point, Region, Stream,
+    Tensor, TensorDesc,
+};
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// What a program depends on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct ProgramKey {
     pub(super) module: Module,
-    pub(super) shape: StepShape,
+    /// The shape of each micro-batch.
+    pub(super) shapes: Vec<StepShape>,
 }
 
 /// Which part of the model.
@@ -23,184 +31,215 @@ pub(super) enum Module {
     Mtp,
 }
 
-/// Commands of one step shape, bound to memory. Only the amount of attention work differs from one
-/// run to the next; all else that changes is input.
+/// What is submitted, and where.
+#[derive(Debug)]
+struct Issue {
+    lane: Lane,
+    action: Action,
+    /// Where the point after it is kept, if somebody waits for it.
+    mark: Option<usize>,
+}
+
+#[derive(Debug)]
+enum Action {
+    Op(Box<Command>),
+    Collectives(Arc<dyn Communicator>, Vec<Collective>, Label),
+    Fill(Region, u8),
+    /// Waits for the point kept there.
+    Wait(usize),
+}
+
+/// Commands of one step, bound to memory. Only the amount of attention work differs from one run to
+/// the next; all else that changes is input.
 #[derive(Debug)]
 pub(super) struct Program {
-    commands: Vec<Command>,
-    attention: Vec<usize>,
+    issues: Vec<Issue>,
+    points: Vec<Option<Point>>,
+    /// Attention ops and the micro-batch of each.
+    attention: Vec<(usize, MicroBatch)>,
     /// One buffer for everything that the host sends, so that a step starts with one transfer.
     inputs: Tensor,
-    layout: Vec<(Input, usize, usize)>,
-    outputs: HashMap<Output, Tensor>,
+    layout: Vec<(MicroBatch, Input, usize, usize)>,
+    outputs: HashMap<(MicroBatch, Output), Tensor>,
     /// The workspace that the commands point into; another one means another program.
-    pub(super) workspace: Option<Buffer>,
+    workspace: Option<Buffer>,
 }
 
-fn build(
-    config: &ModelConfig,
-    numerics: Numerics,
-    specs: &HashMap<WeightKey, WeightSpec>,
-    key: ProgramKey,
-) -> Option<Graph> {
-    match key.module {
-        Module::Main => Some(graph::main_model(config, numerics, specs, key.shape)),
-        Module::Mtp => graph::mtp_module(config, numerics, specs, key.shape),
+/// A rank's graph of a step and its schedule. `None` where the MTP module is asked for and the
+/// model has none.
+pub(super) fn plan(inputs: ModelInputs<'_>, key: &ProgramKey) -> Option<(Graph, Schedule)> {
+    let mut graphs = Vec::with_capacity(key.shapes.len());
+    for (micro_batch, &shape) in key.shapes.iter().enumerate() {
+        graphs.push(match key.module {
+            Module::Main => graph::main_model(inputs, shape, micro_batch),
+            Module::Mtp => graph::mtp_module(inputs, shape)?,
+        });
     }
-}
-
-/// Bytes of workspace and outputs of the largest prefill step: a full chunk at the end of the
-/// longest context.
-pub(super) fn largest_workspace(
-    config: &ModelConfig,
-    specs: &HashMap<WeightKey, WeightSpec>,
-    options: EngineOptions,
-) -> u64 {
-    let tokens = options.prefill_chunk.min(options.max_model_len);
-    let shape = StepShape {
-        tokens,
-        sequences: 1,
-        logit_rows: 1,
-        form: Form::Expanded { keys: options.max_model_len },
-        pages: super::cache::pages(options),
-        page_size: options.page_size,
-        max_pages: options.max_model_len.div_ceil(options.page_size),
-        vocabulary: config.vocab_size,
+    let graph = match <[Graph; 1]>::try_from(graphs) {
+        Ok([graph]) => graph,
+        Err(graphs) => schedule::interleave(graphs),
     };
-    let graph = graph::main_model(config, options.numerics, specs, shape);
-    let outputs = graph.values().iter().filter(|v| matches!(v.source, Source::Output(_)));
-    graph::plan_arena(&graph).size + outputs.map(|v| v.desc.bytes()).sum::<u64>()
+    let schedule = Schedule::new(&graph);
+    Some((graph, schedule))
 }
 
 impl Program {
-    /// The commands, with this step's attention work.
-    pub(super) fn submit(&mut self, stream: &dyn Stream, work: AttentionWork) -> hal::Result<()> {
-        for &at in &self.attention {
-            match &mut self.commands[at].op {
-                Op::MlaPrefill(o) => o.work = work,
-                Op::MlaDecode(o) => o.work = work,
+    /// A new run of the commands, with this step's attention work per micro-batch.
+    pub(super) fn begin(&mut self, work: &[AttentionWork]) {
+        for &(at, micro_batch) in &self.attention {
+            let Action::Op(command) = &mut self.issues[at].action else { continue };
+            match &mut command.op {
+                Op::MlaPrefill(o) => o.work = work[micro_batch],
+                Op::MlaDecode(o) => o.work = work[micro_batch],
                 _ => {}
             }
         }
-        self.commands.iter().try_for_each(|command| stream.submit(command))
+    }
+
+    /// Submits commands from number `from` on, to the next collective or the end; where it stopped.
+    pub(super) fn submit_from(
+        &mut self,
+        from: usize,
+        lanes: &[Arc<dyn Stream>],
+    ) -> hal::Result<Option<usize>> {
+        for at in from..self.issues.len() {
+            let issue = &self.issues[at];
+            let stream = &*lanes[issue.lane];
+            match &issue.action {
+                Action::Op(command) => stream.submit(command)?,
+                Action::Collectives(communicator, batch, label) => {
+                    stream.submit_collectives(communicator, batch, label)?;
+                }
+                Action::Fill(region, byte) => stream.fill(region, *byte)?,
+                Action::Wait(mark) => {
+                    if let Some(point) = &self.points[*mark] {
+                        stream.wait(point)?;
+                    }
+                }
+            }
+            if let Some(mark) = issue.mark {
+                self.points[mark] = Some(stream.point());
+            }
+            if matches!(issue.action, Action::Collectives(..)) {
+                return Ok(Some(at + 1));
+            }
+        }
+        Ok(None)
     }
 
     /// Sends the inputs, in the order that the graph asks for.
     pub(super) fn send(
-        &self,
+        &mut self,
         stream: &dyn Stream,
-        values: impl Fn(Input) -> Vec<i32>,
+        values: impl Fn(MicroBatch, Input) -> Vec<i32>,
     ) -> hal::Result<()> {
         let mut packed = vec![0i32; self.inputs.desc().elements()];
-        for &(input, start, len) in &self.layout {
-            let values = values(input);
+        for &(micro_batch, input, start, len) in &self.layout {
+            let values = values(micro_batch, input);
             debug_assert_eq!(values.len(), len, "{input:?}");
             packed[start..start + len].copy_from_slice(&values);
         }
-        stream.write(&self.inputs.region(), bytemuck::cast_slice(&packed))
+        stream.write(&self.inputs.region(), bytemuck::cast_slice(&packed))?;
+        // What other lanes wait for before they touch anything of this step.
+        if let Some(start) = self.points.first_mut() {
+            *start = Some(stream.point());
+        }
+        Ok(())
     }
 
     /// Where an output lies.
-    pub(super) fn output(&self, output: Output) -> Option<&Tensor> {
-        self.outputs.get(&output)
+    pub(super) fn output(&self, micro_batch: MicroBatch, output: Output) -> Option<&Tensor> {
+        self.outputs.get(&(micro_batch, output))
     }
 }
 
 /// Binds values to memory.
 struct Binder<'a> {
-    weights: &'a Weights,
-    cache: &'a PagedCache,
-    workspace: Option<&'a Buffer>,
-    arena: &'a Arena,
+    rank: &'a Rank,
+    schedule: &'a Schedule,
     inputs: &'a Tensor,
-    layout: &'a [(Input, usize, usize)],
-    outputs: &'a HashMap<Output, Tensor>,
+    layout: &'a [(MicroBatch, Input, usize, usize)],
+    outputs: &'a HashMap<(MicroBatch, Output), Tensor>,
 }
 
 impl Binder<'_> {
     /// The memory of a value and where it begins there.
-    fn place(&self, graph: &Graph, id: graph::ValueId) -> Option<(Buffer, u64)> {
+    fn place(&self, graph: &Graph, id: ValueId) -> Option<(Buffer, u64)> {
         let whole = |t: &Tensor| (t.buffer().clone(), t.offset());
         match graph.value(id).source {
-            Source::Weight(key) => self.weights.get(key).map(whole),
-            Source::Scales(key) => self.weights.scales(key).map(whole),
-            Source::Cache(layer) => Some(whole(self.cache.layer(layer))),
-            Source::Output(output) => self.outputs.get(&output).map(whole),
-            Source::Input(input) => {
-                let (_, start, _) = self.layout.iter().find(|(i, ..)| *i == input)?;
+            Source::Weight(key) => self.rank.weights.get(key).map(whole),
+            Source::Scales(key) => self.rank.weights.scales(key).map(whole),
+            Source::Cache(layer) => self.rank.cache.get(&layer).map(whole),
+            Source::Output(batch, output) => self.outputs.get(&(batch, output)).map(whole),
+            Source::Input(batch, input) => {
+                let mut layout = self.layout.iter();
+                let (.., start, _) = layout.find(|(b, i, ..)| (*b, *i) == (batch, input))?;
                 Some((self.inputs.buffer().clone(), *start as u64 * 4))
             }
-            Source::Scratch => Some((self.workspace?.clone(), *self.arena.offsets.get(&id)?)),
+            Source::Scratch => {
+                let offset = *self.schedule.arena.offsets.get(&id)?;
+                Some((self.rank.workspace.clone()?, offset))
+            }
         }
     }
 }
 
-impl Engine {
+impl Rank {
     /// The program for a step, from the ones made before or made now. `hidden` is where the MTP
     /// module finds the main model's hidden states.
     pub(super) fn program(
         &mut self,
-        key: ProgramKey,
+        config: &ModelConfig,
+        numerics: Numerics,
+        key: &ProgramKey,
         hidden: Option<&Tensor>,
     ) -> Result<Program, EngineError> {
         if hidden.is_none()
-            && let Some(program) = self.programs.remove(&key)
+            && let Some(program) = self.programs.remove(key)
         {
             return Ok(program);
         }
-        let graph = build(&self.config, self.options.numerics, &self.specs, key)
-            .ok_or(EngineError::NoMtp)?;
-        let arena = graph::plan_arena(&graph);
-        self.reserve_workspace(arena.size)?;
+        let inputs =
+            ModelInputs { config, numerics, rank: &self.plan, weights: &self.weight_plan };
+        let (graph, schedule) = plan(inputs, key).ok_or(EngineError::NoMtp)?;
+        self.reserve_workspace(schedule.arena.size)?;
+        self.open_lanes(schedule.lanes)?;
         let mut layout = Vec::new();
         let mut length = 0;
         let mut outputs = HashMap::new();
+        let main = self.lane(COMPUTE);
         for value in graph.values() {
             match (value.source, hidden) {
-                (Source::Input(input), _) => {
-                    layout.push((input, length, value.desc.elements()));
+                (Source::Input(batch, input), _) => {
+                    layout.push((batch, input, length, value.desc.elements()));
                     length += value.desc.elements();
                 }
-                (Source::Output(Output::Hidden), Some(hidden)) => {
-                    outputs.insert(Output::Hidden, hidden.clone());
+                (Source::Output(batch, Output::Hidden), Some(hidden)) => {
+                    outputs.insert((batch, Output::Hidden), hidden.clone());
                 }
-                (Source::Output(output), _) => {
-                    let buffer = self.stream.alloc(value.desc.bytes())?;
-                    outputs.insert(output, Tensor::new(buffer, 0, value.desc));
+                (Source::Output(batch, output), _) => {
+                    let buffer = main.alloc(value.desc.bytes())?;
+                    outputs.insert((batch, output), Tensor::new(buffer, 0, value.desc));
                 }
                 _ => {}
             }
         }
         let desc = TensorDesc::new(DType::I32, &[length.max(1)]);
-        let inputs = Tensor::new(self.stream.alloc(desc.bytes())?, 0, desc);
+        let inputs = Tensor::new(main.alloc(desc.bytes())?, 0, desc);
         let binder = Binder {
-            weights: &self.weights,
-            cache: &self.cache,
-            workspace: self.workspace.as_ref(),
-            arena: &arena,
+            rank: self,
+            schedule: &schedule,
             inputs: &inputs,
             layout: &layout,
             outputs: &outputs,
         };
         let places: Vec<_> = (0..graph.values().len())
-            .map(|id| binder.place(&graph, graph::ValueId(id as u32)))
+            .map(|id| binder.place(&graph, ValueId(id as u32)))
             .collect();
-        let mut attention = Vec::new();
-        let mut commands = Vec::with_capacity(graph.nodes().len());
-        for (at, node) in graph.nodes().iter().enumerate() {
-            let op = node.op.map(|slot| {
-                let (buffer, start) = places[slot.value.0 as usize]
-                    .clone()
-                    .unwrap_or_else(|| unreachable!("every value that an op names has a place"));
-                Tensor::new(buffer, start + slot.offset, *slot.desc())
-            });
-            if matches!(op, Op::MlaPrefill(_) | Op::MlaDecode(_)) {
-                attention.push(at);
-            }
-            commands.push(op.label(node.label.clone()));
-        }
+        let (issues, marks, attention) = bind(&graph, &schedule, &places, self)?;
         let workspace = self.workspace.clone();
-        Ok(Program { commands, attention, inputs, layout, outputs, workspace })
+        let points = vec![None; marks];
+        Ok(Program { issues, points, attention, inputs, layout, outputs, workspace })
     }
 
     /// Keeps a program for the next step of its shape. Prefill shapes hardly recur and are not
@@ -209,20 +248,88 @@ impl Engine {
         let same = |a: &Option<Buffer>, b: &Option<Buffer>| {
             a.as_ref().map(Buffer::id) == b.as_ref().map(Buffer::id)
         };
-        if key.shape.form == Form::Absorbed && same(&program.workspace, &self.workspace) {
+        let decode = key.shapes.iter().all(|shape| shape.form == Form::Absorbed);
+        if decode && same(&program.workspace, &self.workspace) {
             self.programs.insert(key, program);
         }
     }
+}
 
-    /// Grows the workspace if it is too small. Memory of the former one is freed in stream order.
-    fn reserve_workspace(&mut self, bytes: u64) -> Result<(), EngineError> {
-        if self.workspace.as_ref().is_some_and(|w| w.size() >= bytes) {
-            return Ok(());
+/// Where a value lies: its memory, and where it begins there.
+type Place = Option<(Buffer, u64)>;
+
+/// The commands of a schedule, how many points they keep, and which are attention.
+fn bind(
+    graph: &Graph,
+    schedule: &Schedule,
+    places: &[Place],
+    rank: &Rank,
+) -> Result<(Vec<Issue>, usize, Vec<(usize, MicroBatch)>), EngineError> {
+    let tensor = |slot: &graph::Slot| {
+        let (buffer, start) = places[slot.value.0 as usize]
+            .clone()
+            .unwrap_or_else(|| unreachable!("every value that a node names has a place"));
+        Tensor::new(buffer, start + slot.offset, *slot.desc())
+    };
+    // Point 0 is the start of the step.
+    let mut marks: HashMap<Event, usize> = HashMap::from([(Event::Start, 0)]);
+    for item in &schedule.items {
+        if let Item::Wait { event, .. } = item {
+            let next = marks.len();
+            marks.entry(*event).or_insert(next);
         }
-        self.programs.clear();
-        self.workspace = None;
-        self.workspace = Some(self.stream.alloc(bytes.max(1))?);
-        Ok(())
+    }
+    let mut issues = Vec::with_capacity(schedule.items.len());
+    let mut attention = Vec::new();
+    for item in &schedule.items {
+        let (lane, action, mark) = match *item {
+            Item::Wait { lane, event } => (lane, Action::Wait(marks[&event]), None),
+            Item::Run { lane, node: number } => {
+                let node = &graph.nodes()[number];
+                let label = Label::Shared(node.label.clone());
+                let action = match &node.work {
+                    Work::Op(op) => {
+                        if let Some(batch) = attention_batch(graph, op) {
+                            attention.push((issues.len(), batch));
+                        }
+                        Action::Op(Box::new(op.map(tensor).label(label)))
+                    }
+                    Work::Collectives { group, batch, .. } => {
+                        let communicator = rank.communicators.get(group).cloned();
+                        let communicator = communicator.unwrap_or_else(|| {
+                            unreachable!("groups that a graph names are connected")
+                        });
+                        let batch = batch.iter().map(|c| c.map(tensor)).collect();
+                        Action::Collectives(communicator, batch, label)
+                    }
+                    Work::Fill { slot, byte } => Action::Fill(tensor(slot).region(), *byte),
+                };
+                (lane, action, marks.get(&Event::Node(number)).copied())
+            }
+        };
+        issues.push(Issue { lane, action, mark });
+    }
+    Ok((issues, marks.len(), attention))
+}
+
+/// The micro-batch of an attention op, told by its inputs; `None` for other ops.
+fn attention_batch(graph: &Graph, op: &Op<graph::Slot>) -> Option<MicroBatch> {
+    let starts = match op {
+        Op::MlaPrefill(op) => op.q_starts,
+        Op::MlaDecode(op) => op.q_starts,
+        _ => return None,
+    };
+    match graph.value(starts.value).source {
+        Source::Input(batch, _) => Some(batch),
+        _ => Some(0),
+    }
+}
+
+/// How many micro-batches a step of so many tokens is split into.
+pub(super) fn micro_batches(overlap: Overlap, tokens: usize) -> usize {
+    match overlap {
+        Overlap::TwoBatch if tokens >= 2 => 2,
+        _ => 1,
     }
 }
 

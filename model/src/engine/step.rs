@@ -1,10 +1,13 @@
-//! One step: new tokens of a batch of sequences go through the model.
+//! One step: new tokens of a batch of sequences go through the model, on every rank.
 
-use super::program::{Module, ProgramKey, read_tensor};
+use super::batch::{Batch, NewTokens};
+use super::program::{Module, Program, ProgramKey, micro_batches, read_tensor};
 use super::{Engine, EngineError, Sequence};
-use crate::graph::{Form, Input, Output, StepShape};
-use hal::Tensor;
-use hal::op::AttentionWork;
+use crate::graph::{Form, MicroBatch, Output, StepShape};
+use crate::schedule::COMPUTE;
+use hal::{Operand, Tensor};
+use std::collections::HashMap;
+use std::time::Instant;
 
 /// What a step is to give back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,76 +31,27 @@ pub struct StepOutput {
     pub logits: Vec<f32>,
 }
 
-/// The new tokens of one sequence.
-#[derive(Debug)]
-pub(super) struct NewTokens<'s> {
-    pub(super) sequence: &'s mut Sequence,
-    pub(super) tokens: &'s [u32],
+/// Hidden states of one micro-batch of a step, on each rank of the last stage that took part.
+struct Hidden {
+    tokens: usize,
+    on: HashMap<usize, Tensor>,
 }
 
-/// A batch, as a program's inputs.
-struct Batch {
-    tokens: Vec<u32>,
-    /// Of each sequence: first new token within the batch, tokens cached before, new tokens.
-    spans: Vec<(usize, usize, usize)>,
-    pages: Vec<Vec<u32>>,
-    slots: Vec<i32>,
-    max_pages: usize,
-}
-
-impl Batch {
-    fn inputs(&self, input: Input) -> Vec<i32> {
-        // Token ids, positions and lengths are below the context and the vocabulary, both checked.
-        let int = |n: usize| n as i32;
-        let starts = |lengths: Vec<usize>| {
-            let mut sum = 0;
-            let mut starts = vec![0];
-            starts.extend(lengths.into_iter().map(|n| {
-                sum += n;
-                int(sum)
-            }));
-            starts
-        };
-        match input {
-            Input::TokenIds => self.tokens.iter().map(|&t| t as i32).collect(),
-            Input::Positions => {
-                self.spans.iter().flat_map(|&(_, past, new)| (past..past + new).map(int)).collect()
-            }
-            Input::Slots => self.slots.clone(),
-            Input::QueryStarts => starts(self.spans.iter().map(|s| s.2).collect()),
-            Input::KeyStarts => starts(self.spans.iter().map(|s| s.1 + s.2).collect()),
-            Input::KeyCounts => self.spans.iter().map(|s| int(s.1 + s.2)).collect(),
-            Input::BlockTable => {
-                let mut table = vec![0; self.pages.len() * self.max_pages];
-                for (row, pages) in table.chunks_mut(self.max_pages).zip(&self.pages) {
-                    row.iter_mut().zip(pages).for_each(|(to, &page)| *to = page as i32);
-                }
-                table
-            }
-            Input::LogitRows => self.spans.iter().map(|s| int(s.0 + s.2 - 1)).collect(),
-        }
-    }
-
-    fn work(&self) -> AttentionWork {
-        let mut work = AttentionWork::default();
-        self.spans.iter().for_each(|s| work.add(s.2 as u64, (s.1 + s.2) as u64));
-        work
-    }
-
-    fn keys(&self) -> usize {
-        self.spans.iter().map(|s| s.1 + s.2).sum()
-    }
-}
+/// The micro-batches of each data rank that takes part in a step.
+type Batches = Vec<(usize, Vec<Batch>)>;
 
 impl Engine {
-    /// Starts a sequence.
-    pub fn start(&self) -> Sequence {
-        Sequence::default()
+    /// Starts a sequence, with the data rank that has the fewest.
+    pub fn start(&mut self) -> Sequence {
+        let pools = self.pools.iter().enumerate();
+        let least = pools.min_by_key(|(_, pool)| pool.sequences()).map_or(0, |(at, _)| at);
+        self.pools[least].start();
+        Sequence::on(least)
     }
 
     /// Ends a sequence and frees its pages.
     pub fn end(&mut self, sequence: Sequence) {
-        self.cache.release(sequence);
+        self.pools[sequence.data_rank()].release(sequence);
     }
 
     /// Checks a prompt before anything is computed.
@@ -117,14 +71,7 @@ impl Engine {
                 vocabulary,
             });
         }
-        if tokens.len() > self.options.max_model_len {
-            return Err(EngineError::ContextFull {
-                tokens: tokens.len(),
-                limit: self.options.max_model_len,
-                hint: " or allow a longer context",
-            });
-        }
-        Ok(())
+        self.check_room(tokens.len())
     }
 
     /// Takes tokens into a sequence's cache by MLA's expanded form, in pieces of at most
@@ -189,7 +136,8 @@ impl Engine {
     ) -> Result<(Vec<f32>, Option<Vec<f32>>), EngineError> {
         self.check_prompt(tokens)?;
         let mut sequence = self.start();
-        let mut mtp_sequence = self.start();
+        // Its layer has pages of the same numbers.
+        let mut mtp_sequence = Sequence::on(sequence.data_rank());
         let result = self.all_logits_in(&mut sequence, &mut mtp_sequence, tokens);
         self.end(sequence);
         result
@@ -208,19 +156,17 @@ impl Engine {
             let new = NewTokens { sequence: &mut *sequence, tokens: &tokens[at..end] };
             let (step, hidden) = self.step(&mut [new], true, Wanted::AllLogits)?;
             logits.extend(step.logits);
-            // The module's token i is the model's token i + 1, so the last hidden state is left.
-            let following = &tokens[at + 1..(end + 1).min(tokens.len())];
-            if let (Some(out), Some(hidden), false) =
-                (&mut mtp_logits, hidden, following.is_empty())
-            {
-                let hidden = hidden.narrowed(0, 0, following.len());
-                // Its layer has pages of the same numbers.
-                mtp.share_pages(sequence);
-                let new = NewTokens { sequence: &mut *mtp, tokens: following };
-                let step = self.mtp_step(new, &hidden)?;
-                out.extend(step.logits);
+            for hidden in hidden {
+                let next = at + hidden.tokens;
+                // The module's token i is the model's token i + 1: the last hidden state is left.
+                let following = &tokens[at + 1..(next + 1).min(tokens.len())];
+                if let (Some(out), false) = (&mut mtp_logits, following.is_empty()) {
+                    mtp.share_pages(sequence);
+                    let new = NewTokens { sequence: &mut *mtp, tokens: following };
+                    out.extend(self.mtp_step(new, &hidden)?.logits);
+                }
+                at = next;
             }
-            at = end;
         }
         Ok((logits, mtp_logits))
     }
@@ -239,21 +185,76 @@ impl Engine {
         new: &mut [NewTokens<'_>],
         expanded: bool,
         wanted: Wanted,
-    ) -> Result<(StepOutput, Option<Tensor>), EngineError> {
+    ) -> Result<(StepOutput, Vec<Hidden>), EngineError> {
         for item in new.iter_mut() {
-            self.cache.grow(item.sequence, item.tokens.len())?;
+            let pool = &mut self.pools[item.sequence.data_rank()];
+            pool.grow(item.sequence, item.tokens.len())?;
         }
         let (output, hidden) = self.run(Module::Main, new, expanded, wanted, None)?;
         new.iter_mut().for_each(|item| item.sequence.advance(item.tokens.len()));
         Ok((output, hidden))
     }
 
-    fn mtp_step(&mut self, new: NewTokens<'_>, hidden: &Tensor) -> Result<StepOutput, EngineError> {
+    fn mtp_step(&mut self, new: NewTokens<'_>, hidden: &Hidden) -> Result<StepOutput, EngineError> {
         let mut new = [new];
         let (output, _) = self.run(Module::Mtp, &new, true, Wanted::AllLogits, Some(hidden))?;
         let [item] = &mut new;
         item.sequence.advance(item.tokens.len());
         Ok(output)
+    }
+
+    /// Who takes part in a step, and with which tokens.
+    fn batches(&self, module: Module, new: &[NewTokens<'_>], wanted: Wanted) -> Batches {
+        let page_size = self.options.page_size;
+        let max_pages = self.options.max_model_len.div_ceil(page_size);
+        let spread = self.plan.experts().is_some();
+        let of = |data: usize| {
+            let items = new.iter().enumerate();
+            let items = items.filter(move |(_, item)| item.sequence.data_rank() == data);
+            Batch::of(items, page_size, max_pages, wanted == Wanted::AllLogits)
+        };
+        let all: Vec<(usize, Batch)> = (0..self.pools.len()).map(|data| (data, of(data))).collect();
+        // Ranks that share experts run the same collectives, with or without tokens of their own.
+        let most = all.iter().map(|(_, batch)| batch.len()).max().unwrap_or(0);
+        all.into_iter()
+            .filter(|(_, batch)| spread || batch.len() > 0)
+            .map(|(data, batch)| {
+                let tokens = if spread { most } else { batch.len() };
+                let overlap = match module {
+                    Module::Main => self.options.overlap,
+                    Module::Mtp => super::Overlap::None,
+                };
+                let half = batch.len().div_ceil(2);
+                let mut parts = match micro_batches(overlap, tokens) {
+                    2 => batch.split(half).to_vec(),
+                    _ => vec![batch],
+                };
+                if spread {
+                    let multiple = self.plan.options().tensor;
+                    let padding = self.pools[data].padding();
+                    parts.iter_mut().for_each(|part| part.pad(multiple, padding));
+                }
+                (data, parts)
+            })
+            .collect()
+    }
+
+    fn shape(&self, batch: &Batch, expanded: bool, wanted: Wanted, expert_tokens: usize) -> StepShape {
+        let page_size = self.options.page_size;
+        StepShape {
+            tokens: batch.len(),
+            sequences: batch.sequences(),
+            logit_rows: match wanted {
+                Wanted::Nothing => 0,
+                _ => batch.logit_rows().len(),
+            },
+            form: if expanded { Form::Expanded { keys: batch.keys() } } else { Form::Absorbed },
+            pages: self.cache_pages,
+            page_size,
+            max_pages: self.options.max_model_len.div_ceil(page_size),
+            vocabulary: self.vocabulary(),
+            expert_tokens,
+        }
     }
 
     fn run(
@@ -262,66 +263,191 @@ impl Engine {
         new: &[NewTokens<'_>],
         expanded: bool,
         wanted: Wanted,
-        hidden: Option<&Tensor>,
-    ) -> Result<(StepOutput, Option<Tensor>), EngineError> {
-        let page_size = self.options.page_size;
-        let max_pages = self.options.max_model_len.div_ceil(page_size);
-        let mut batch = Batch {
-            tokens: Vec::new(),
-            spans: Vec::new(),
-            pages: Vec::new(),
-            slots: Vec::new(),
-            max_pages,
-        };
-        for item in new {
-            let past = item.sequence.len();
-            batch.spans.push((batch.tokens.len(), past, item.tokens.len()));
-            batch.tokens.extend(item.tokens);
-            batch.pages.push(item.sequence.pages().to_vec());
-            let positions = past..past + item.tokens.len();
-            batch.slots.extend(positions.map(|p| item.sequence.slot(p, page_size) as i32));
-        }
-        let tokens = batch.tokens.len();
-        let shape = StepShape {
-            tokens,
-            sequences: new.len(),
-            logit_rows: match wanted {
-                Wanted::Nothing => 0,
-                Wanted::Greedy | Wanted::LastLogits => new.len(),
-                Wanted::AllLogits => tokens,
-            },
-            form: if expanded { Form::Expanded { keys: batch.keys() } } else { Form::Absorbed },
-            pages: self.cache.pages(),
-            page_size,
-            max_pages,
-            vocabulary: self.options.vocabulary.unwrap_or(self.config.vocab_size),
-        };
-        let key = ProgramKey { module, shape };
-        let mut program = self.program(key, hidden)?;
-        let stream = &*self.stream;
-        program.send(stream, |input| batch.inputs(input))?;
-        program.submit(stream, batch.work())?;
-        let mut output = StepOutput::default();
-        let timeout = self.options.timeout;
-        match wanted {
-            Wanted::Nothing => {}
-            Wanted::Greedy => {
-                if let Some(tensor) = program.output(Output::Greedy) {
-                    let bytes = read_tensor(stream, tensor, timeout)?;
-                    let ids = bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b));
-                    output.greedy = ids.collect();
+        hidden: Option<&Hidden>,
+    ) -> Result<(StepOutput, Vec<Hidden>), EngineError> {
+        let batches = self.batches(module, new, wanted);
+        let parts = batches.first().map_or(0, |(_, parts)| parts.len());
+        let spread = self.plan.experts().is_some();
+        let together: Vec<usize> = (0..if spread { parts } else { 0 })
+            .map(|part| batches.iter().map(|(_, parts)| parts[part].len()).sum())
+            .collect();
+        let mut running: Vec<Running> = Vec::new();
+        for (at, (data, parts)) in batches.iter().enumerate() {
+            let shapes = parts.iter().enumerate().map(|(part, batch)| {
+                self.shape(batch, expanded, wanted, together.get(part).copied().unwrap_or(0))
+            });
+            let key = ProgramKey { module, shapes: shapes.collect() };
+            for stage in 0..self.plan.options().pipeline {
+                if module == Module::Mtp && stage + 1 < self.plan.options().pipeline {
+                    continue;
                 }
-            }
-            Wanted::LastLogits | Wanted::AllLogits => {
-                if let Some(tensor) = program.output(Output::Logits) {
-                    let bytes = read_tensor(stream, tensor, timeout)?;
-                    let values = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
-                    output.logits = values.collect();
+                for tensor in 0..self.plan.options().tensor {
+                    let rank = self.plan.rank_at(stage, *data, tensor);
+                    running.push(Running { rank, batches: at, key: key.clone(), program: None, at: Some(0) });
                 }
             }
         }
-        let hidden = program.output(Output::Hidden).cloned();
-        self.keep(key, program);
-        Ok((output, hidden))
+        let result = self.issue(&batches, &mut running, hidden);
+        let result = result.and_then(|()| self.collect(&batches, &running, new.len(), wanted));
+        let hidden = self.hidden(&batches, &running);
+        for run in running {
+            if let Some(program) = run.program {
+                self.ranks[run.rank].keep(run.key, program);
+            }
+        }
+        match result {
+            Ok(output) => Ok((output, hidden)),
+            Err(error) => Err(self.failed(error)),
+        }
     }
+
+    /// Submits the commands of every rank, in turns, so that ranks meet in their collectives while
+    /// later commands are still being submitted.
+    fn issue(
+        &mut self,
+        batches: &Batches,
+        running: &mut [Running],
+        hidden: Option<&Hidden>,
+    ) -> Result<(), EngineError> {
+        for run in running.iter_mut() {
+            let (_, parts) = &batches[run.batches];
+            let rank = &mut self.ranks[run.rank];
+            let tokens = parts.first().map_or(0, Batch::len);
+            let hidden = hidden
+                .and_then(|h| h.on.get(&run.rank))
+                .map(|h| h.narrowed(0, 0, tokens.min(h.desc().dim(0))));
+            let mut program =
+                rank.program(&self.config, self.options.numerics, &run.key, hidden.as_ref())?;
+            program.send(&**rank.lane(COMPUTE), |part, input| parts[part].inputs(input))?;
+            let work: Vec<_> = parts.iter().map(Batch::work).collect();
+            program.begin(&work);
+            run.program = Some(program);
+        }
+        while running.iter().any(|run| run.at.is_some()) {
+            for run in running.iter_mut() {
+                if let (Some(at), Some(program)) = (run.at, &mut run.program) {
+                    run.at = program.submit_from(at, &self.ranks[run.rank].lanes)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what is wanted, and waits until every rank is done.
+    fn collect(
+        &self,
+        batches: &Batches,
+        running: &[Running],
+        items: usize,
+        wanted: Wanted,
+    ) -> Result<StepOutput, EngineError> {
+        let mut output = StepOutput::default();
+        if wanted == Wanted::Nothing || !self.is_functional() {
+            return Ok(output);
+        }
+        let deadline = Instant::now() + self.options.timeout;
+        let vocabulary = self.config.vocab_size;
+        output.greedy.resize(if wanted == Wanted::Greedy { items } else { 0 }, 0);
+        let mut rows: Vec<(usize, Vec<f32>)> = Vec::new();
+        // Where the rows of the tensor group at hand begin: its first rank makes them.
+        let mut group_began = 0;
+        let last_stage = |run: &&Running| self.ranks[run.rank].plan.is_last_stage();
+        for run in running.iter().filter(last_stage) {
+            let rank = &self.ranks[run.rank];
+            let Some(program) = &run.program else { continue };
+            let stream = &**rank.lane(COMPUTE);
+            let (_, parts) = &batches[run.batches];
+            let first = rank.plan.tensor.rank == 0;
+            let mut at = 0;
+            if first {
+                group_began = rows.len();
+            }
+            for (part, batch) in parts.iter().enumerate() {
+                let items = batch.row_items();
+                let left = deadline.saturating_duration_since(Instant::now());
+                match wanted {
+                    Wanted::Greedy if first => {
+                        let Some(tensor) = program.output(part, Output::Candidates) else { continue };
+                        let bytes = read_tensor(stream, tensor, left)?;
+                        let tokens = self.choose(&bytes, items.len(), rank.plan.tensor.size);
+                        for (item, token) in items.iter().zip(tokens) {
+                            output.greedy[*item] = token;
+                        }
+                    }
+                    Wanted::LastLogits | Wanted::AllLogits => {
+                        let Some(tensor) = program.output(part, Output::Logits) else { continue };
+                        let bytes = read_tensor(stream, tensor, left)?;
+                        let columns = rank.plan.tensor.part(vocabulary);
+                        let values = bytes.as_chunks::<4>().0;
+                        for (item, own) in items.iter().zip(values.chunks(columns.len())) {
+                            if first {
+                                rows.push((*item, vec![0.0; vocabulary]));
+                            }
+                            let row = &mut rows[group_began + at].1[columns.clone()];
+                            row.iter_mut().zip(own).for_each(|(to, b)| *to = f32::from_le_bytes(*b));
+                            at += 1;
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        }
+        // A stable order by item keeps the rows of each item in theirs.
+        rows.sort_by_key(|(item, _)| *item);
+        output.logits = rows.into_iter().flat_map(|(_, row)| row).collect();
+        for run in running {
+            let left = deadline.saturating_duration_since(Instant::now());
+            self.ranks[run.rank].point().synchronize(left)?;
+        }
+        Ok(output)
+    }
+
+    /// Of each row, the token with the largest logit: the best of the candidates of each rank's part
+    /// of the vocabulary. Ties go to the lower token.
+    fn choose(&self, bytes: &[u8], rows: usize, ranks: usize) -> Vec<u32> {
+        let words: Vec<u32> =
+            bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+        let (values, indices) = words.split_at(words.len() / 2);
+        let best = |row: usize| {
+            let mut best: Option<(f32, u32)> = None;
+            for rank in 0..ranks {
+                let first = crate::plan::Member { rank, size: ranks }.part(self.config.vocab_size).start;
+                let at = rank * rows + row;
+                let (value, token) = (f32::from_bits(values[at]), first as u32 + indices[at]);
+                let exists = (token as usize) < self.vocabulary();
+                if exists && best.is_none_or(|(most, _)| value > most) {
+                    best = Some((value, token));
+                }
+            }
+            best.map_or(0, |(_, token)| token)
+        };
+        (0..rows).map(best).collect()
+    }
+
+    fn hidden(&self, batches: &Batches, running: &[Running]) -> Vec<Hidden> {
+        let parts = batches.first().map_or(0, |(_, parts)| parts.len());
+        let of = |part: MicroBatch| {
+            let tokens = batches.iter().map(|(_, parts)| parts[part].real_tokens()).sum();
+            let on = running.iter().filter_map(|run| {
+                let hidden = run.program.as_ref()?.output(part, Output::Hidden)?;
+                Some((run.rank, hidden.clone()))
+            });
+            Hidden { tokens, on: on.collect() }
+        };
+        // Data ranks without shared experts may have been split differently: each sequence is with
+        // one of them, and only steps over one sequence ask.
+        let parts = batches.iter().map(|(_, p)| p.len()).min().unwrap_or(parts);
+        (0..parts).map(of).collect()
+    }
+}
+
+/// A rank's part in a step.
+struct Running {
+    rank: usize,
+    /// Its data rank's place among the batches.
+    batches: usize,
+    key: ProgramKey,
+    program: Option<Program>,
+    /// The command to submit next; none when all are.
+    at: Option<usize>,
 }

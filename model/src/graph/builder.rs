@@ -1,10 +1,11 @@
 //! Writing ops into a graph.
 
-use super::{Graph, Input, Node, Output, Slot, Source, Value, ValueId};
+use super::{Graph, Input, MicroBatch, Node, Output, Slot, Source, Value, ValueId, Work};
 use crate::numerics::Numerics;
-use crate::weights::{Role, WeightKey, WeightSpec};
-use hal::op::{self, BlockGrid, FP8_BLOCK, Routing, ScaleFormat};
-use hal::{DType, Op, Operand, TensorDesc};
+use crate::plan::{Group, RankPlan};
+use crate::weights::{Role, WeightKey, WeightPlan, WeightSpec};
+use hal::op::{self, BlockGrid, Routing, ScaleFormat};
+use hal::{Collective, DType, Op, Operand, Reduction, TensorDesc};
 use std::collections::HashMap;
 
 /// Activations as matrix products take them: plain, and quantised where the weight is FP8.
@@ -31,11 +32,14 @@ impl Activations {
 
 /// A graph in the making.
 pub(super) struct Builder<'w> {
-    graph: Graph,
-    weights: &'w HashMap<WeightKey, WeightSpec>,
+    values: Vec<Value>,
+    nodes: Vec<Node>,
+    weights: &'w WeightPlan,
+    rank: &'w RankPlan,
     pub(super) numerics: Numerics,
     quantized: bool,
     scale_format: ScaleFormat,
+    micro_batch: MicroBatch,
     bound: HashMap<Source, Slot>,
     /// Goes in front of every label: "layer 4 ".
     pub(super) scope: String,
@@ -43,29 +47,33 @@ pub(super) struct Builder<'w> {
 
 impl<'w> Builder<'w> {
     pub(super) fn new(
-        weights: &'w HashMap<WeightKey, WeightSpec>,
+        weights: &'w WeightPlan,
+        rank: &'w RankPlan,
         numerics: Numerics,
         scale_format: ScaleFormat,
+        micro_batch: MicroBatch,
     ) -> Self {
-        let quantized = weights.values().any(|w| w.scales.is_some());
         Builder {
-            graph: Graph::default(),
+            values: Vec::new(),
+            nodes: Vec::new(),
             weights,
+            rank,
             numerics,
-            quantized,
+            quantized: weights.is_quantized(),
             scale_format,
+            micro_batch,
             bound: HashMap::new(),
             scope: String::new(),
         }
     }
 
     pub(super) fn finish(self) -> Graph {
-        self.graph
+        Graph::new(self.values, self.nodes)
     }
 
     fn add(&mut self, name: &str, desc: TensorDesc, source: Source) -> Slot {
-        let value = ValueId(self.graph.values.len() as u32);
-        self.graph.values.push(Value { name: format!("{}{name}", self.scope), desc, source });
+        let value = ValueId(self.values.len() as u32);
+        self.values.push(Value { name: format!("{}{name}", self.scope), desc, source });
         Slot { value, offset: 0, desc }
     }
 
@@ -92,11 +100,11 @@ impl<'w> Builder<'w> {
     }
 
     pub(super) fn input(&mut self, input: Input, shape: &[usize]) -> Slot {
-        self.bind(&format!("{input:?}"), TensorDesc::new(DType::I32, shape), Source::Input(input))
+        self.bind(&format!("{input:?}"), TensorDesc::new(DType::I32, shape), Source::Input(self.micro_batch, input))
     }
 
     pub(super) fn output(&mut self, output: Output, dtype: DType, shape: &[usize]) -> Slot {
-        self.bind(&format!("{output:?}"), TensorDesc::new(dtype, shape), Source::Output(output))
+        self.bind(&format!("{output:?}"), TensorDesc::new(dtype, shape), Source::Output(self.micro_batch, output))
     }
 
     pub(super) fn cache(&mut self, layer: usize, shape: &[usize]) -> Slot {
@@ -104,8 +112,8 @@ impl<'w> Builder<'w> {
         self.bind(&format!("cache {layer}"), desc, Source::Cache(layer))
     }
 
-    fn spec(&self, key: WeightKey) -> &'w WeightSpec {
-        self.weights.get(&key).unwrap_or_else(|| unreachable!("the plan has every weight: {key:?}"))
+    pub(super) fn spec(&self, key: WeightKey) -> &'w WeightSpec {
+        self.weights.get(key).unwrap_or_else(|| unreachable!("the plan has every weight: {key:?}"))
     }
 
     pub(super) fn weight(&mut self, layer: usize, role: Role) -> Slot {
@@ -127,7 +135,45 @@ impl<'w> Builder<'w> {
     pub(super) fn push(&mut self, name: &str, op: impl Into<Op<Slot>>) {
         let op = op.into();
         debug_assert_eq!(op::check(&op.desc()), Ok(()), "{}{name}", self.scope);
-        self.graph.nodes.push(Node { op, label: format!("{}{name}", self.scope).into() });
+        self.node(name, Work::Op(op));
+    }
+
+    fn node(&mut self, name: &str, work: Work) {
+        self.nodes.push(Node { work, label: format!("{}{name}", self.scope).into() });
+    }
+
+    /// Appends a batch of collectives, unless this rank has nobody to talk to.
+    pub(super) fn collectives(&mut self, name: &str, group: Group, batch: Vec<Collective<Slot>>) {
+        let Some((_, rank)) = self.rank.group(group) else { return };
+        self.node(name, Work::Collectives { group, rank, batch });
+    }
+
+    /// Sums a value over the tensor group, in place.
+    pub(super) fn all_reduce(&mut self, name: &str, value: Slot) {
+        let sum = Collective::AllReduce { send: value, recv: value, reduction: Reduction::Sum };
+        self.collectives(name, Group::Tensor, vec![sum]);
+    }
+
+    /// Sums a value over the tensor group; each rank keeps its part of the rows.
+    pub(super) fn reduce_scatter(&mut self, name: &str, value: Slot) -> Slot {
+        let (rows, columns) = (value.desc().dim(0), value.desc().dim(1));
+        let rows = rows / self.rank.tensor.size;
+        let recv = self.scratch_of(name, value.desc().dtype(), &[rows, columns]);
+        let sum = Collective::ReduceScatter { send: value, recv, reduction: Reduction::Sum };
+        self.collectives(name, Group::Tensor, vec![sum]);
+        recv
+    }
+
+    /// All rows of values of which each rank of the tensor group has a part.
+    pub(super) fn all_gather<const N: usize>(&mut self, name: &str, parts: [Slot; N]) -> [Slot; N] {
+        let whole = parts.map(|part| {
+            let rows = part.desc().dim(0) * self.rank.tensor.size;
+            self.scratch_of(name, part.desc().dtype(), &[rows, part.desc().dim(1)])
+        });
+        let gather = |(send, recv): (&Slot, &Slot)| Collective::AllGather { send: *send, recv: *recv };
+        let batch = parts.iter().zip(&whole).map(gather).collect();
+        self.collectives(name, Group::Tensor, batch);
+        whole
     }
 
     pub(super) fn norm(
@@ -155,18 +201,40 @@ impl<'w> Builder<'w> {
         self.push(name, op::RmsNorm { x, weight, residual, out, eps });
     }
 
-    /// Quantises activations where the policy has FP8 weights to meet them.
-    pub(super) fn activations(&mut self, name: &str, x: Slot) -> Activations {
+    /// Quantises activations where the policy has FP8 weights to meet them, in groups that line up
+    /// with the blocks of this weight's columns.
+    pub(super) fn activations(
+        &mut self,
+        name: &str,
+        x: Slot,
+        (layer, role): (usize, Role),
+    ) -> Activations {
         if !self.quantized {
             return Activations { plain: x, quantized: None };
         }
+        let grid = self.spec(WeightKey { layer, role }).grid;
         let (rows, columns) = (x.desc().dim(0), x.desc().dim(1));
         let name = format!("{name} quantise");
         let q = self.scratch_of(&name, DType::F8E4M3, &[rows, columns]);
-        let scales = self.scratch_of(&name, DType::F32, &[rows, columns.div_ceil(FP8_BLOCK)]);
-        let scale_format = self.scale_format;
-        self.push(&name, op::Quantize { x, q, scales, column_offset: 0, scale_format });
+        let scales = self.scratch_of(&name, DType::F32, &[rows, grid.scale_columns(columns)]);
+        let (column_offset, scale_format) = (grid.column_offset, self.scale_format);
+        self.push(&name, op::Quantize { x, q, scales, column_offset, scale_format });
         Activations { plain: x, quantized: Some((q, scales)) }
+    }
+
+    /// The rows of all ranks of the tensor group, in the form in which weights meet them: FP8
+    /// travels as FP8.
+    pub(super) fn gather_activations(&mut self, name: &str, x: &Activations) -> Activations {
+        match x.quantized {
+            Some((q, scales)) => {
+                let [q, scales] = self.all_gather(name, [q, scales]);
+                Activations { plain: q, quantized: Some((q, scales)) }
+            }
+            None => {
+                let [plain] = self.all_gather(name, [x.plain]);
+                Activations { plain, quantized: None }
+            }
+        }
     }
 
     pub(super) fn linear(&mut self, name: &str, x: &Activations, layer: usize, role: Role) -> Slot {

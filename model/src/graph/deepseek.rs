@@ -2,13 +2,13 @@
 //! `inference/model.py`).
 
 use super::builder::{Activations, Builder};
-use super::{Graph, Input, Output, Slot};
+use super::{Graph, Input, MicroBatch, Output, Slot};
 use crate::config::{ModelConfig, ScaleFormat as ConfigScaleFormat};
 use crate::numerics::Numerics;
-use crate::weights::{Role, WeightKey, WeightSpec};
+use crate::plan::{Group, RankPlan};
+use crate::weights::{Role, WeightPlan};
 use hal::op::{self, AttentionWork, Routing, ScaleFormat};
-use hal::{DType, Operand};
-use std::collections::HashMap;
+use hal::{Collective, DType, Operand};
 
 /// Which of MLA's two forms a step uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,7 +32,8 @@ const LATENT_NORM_EPS: f32 = 1e-6;
 /// (lengths, positions, pages) is input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StepShape {
-    /// T: new tokens, over all sequences.
+    /// T: new tokens, over all sequences of a tensor group. A multiple of the group's size where
+    /// its ranks split tokens ([`RankPlan::splits_tokens`]).
     pub tokens: usize,
     /// B: sequences.
     pub sequences: usize,
@@ -48,47 +49,60 @@ pub struct StepShape {
     pub max_pages: usize,
     /// Ids that exist; logits of padded ones beyond are never chosen.
     pub vocabulary: usize,
+    /// New tokens over all ranks that share experts: as many may come to one rank. Where experts
+    /// are not spread, it does not matter.
+    pub expert_tokens: usize,
 }
 
-/// The main model: token ids to hidden states, logits and the greedy token.
-pub fn main_model(
-    config: &ModelConfig,
-    numerics: Numerics,
-    weights: &HashMap<WeightKey, WeightSpec>,
-    shape: StepShape,
-) -> Graph {
-    let mut m = Model::new(config, numerics, weights, shape);
-    let x = m.embed("embed");
+/// What a graph is built from besides the sizes of the step.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelInputs<'a> {
+    /// The model.
+    pub config: &'a ModelConfig,
+    /// The numerics policy.
+    pub numerics: Numerics,
+    /// The rank whose graph it is.
+    pub rank: &'a RankPlan,
+    /// Its weights.
+    pub weights: &'a WeightPlan,
+}
+
+/// A rank's part of the main model: token ids, or what the former stage sends, to logits, or to
+/// the next stage.
+pub fn main_model(inputs: ModelInputs<'_>, shape: StepShape, micro_batch: MicroBatch) -> Graph {
+    let mut m = Model::new(inputs, shape, micro_batch);
+    let rank = inputs.rank;
+    let x = if rank.is_first_stage() { m.embed("embed") } else { m.receive() };
     // The residual stream: each norm first adds the block's output to it.
     let residual = x;
     let mut add = None;
-    for layer in 0..config.num_hidden_layers {
+    for layer in rank.layers.clone() {
         add = Some(m.block(layer, residual, add));
     }
-    let hidden = m.b.output(Output::Hidden, x.desc().dtype(), &[shape.tokens, config.hidden_size]);
-    m.final_norm("final norm", add, residual, Role::FinalNorm, 0, hidden);
-    m.head("", hidden);
+    if rank.is_last_stage() {
+        let hidden = m.final_norm("final norm", add, residual, (0, Role::FinalNorm), true);
+        m.head("", hidden);
+    } else {
+        m.send(residual, add);
+    }
     m.b.finish()
 }
 
 /// The multi-token prediction module (section 2.2 of the report): the main model's hidden state of
-/// token i and the embedding of token i+1 give logits for token i+2.
+/// token i and the embedding of token i+1 give logits for token i+2. It comes with the last stage.
 ///
 /// The released weights take the embedding first (`eh_proj`), the hidden state after the final
 /// norm, and positions i.
-pub fn mtp_module(
-    config: &ModelConfig,
-    numerics: Numerics,
-    weights: &HashMap<WeightKey, WeightSpec>,
-    shape: StepShape,
-) -> Option<Graph> {
-    let layer = config.mtp_layer()?;
-    let mut m = Model::new(config, numerics, weights, shape);
-    let (tokens, h) = (shape.tokens, config.hidden_size);
-    let hidden = m.b.output(Output::Hidden, numerics.activations(), &[tokens, h]);
+pub fn mtp_module(inputs: ModelInputs<'_>, shape: StepShape) -> Option<Graph> {
+    let layer = inputs.config.mtp_layer()?;
+    let mut m = Model::new(inputs, shape, 0);
+    let h = m.c.hidden_size;
+    let hidden = m.b.output(Output::Hidden, inputs.numerics.activations(), &[shape.tokens, h]);
     let embedding = m.embed("mtp embed");
     m.b.scope = "mtp ".into();
-    let both = m.b.scratch("concat", &[tokens, 2 * h]);
+    let rows = m.own_rows();
+    let hidden = hidden.narrowed(0, inputs.rank.tensor.rank * rows % shape.tokens.max(1), rows);
+    let both = m.b.scratch("concat", &[rows, 2 * h]);
     let eps = m.eps();
     let enorm = m.b.weight(layer, Role::MtpEmbeddingNorm);
     let hnorm = m.b.weight(layer, Role::MtpHiddenNorm);
@@ -96,29 +110,65 @@ pub fn mtp_module(
     m.b.norm_into("hnorm", hidden, hnorm, None, eps, both.columns(h, h));
     let x = m.b.linear("eh_proj", &Activations::of(both, None), layer, Role::MtpProjection);
     let add = m.block(layer, x, None);
-    let out = m.b.scratch("hidden", &[tokens, h]);
-    m.final_norm("mtp head norm", Some(add), x, Role::MtpHeadNorm, layer, out);
+    let out = m.final_norm("mtp head norm", Some(add), x, (layer, Role::MtpHeadNorm), false);
     m.head("mtp ", out);
     Some(m.b.finish())
 }
 
-struct Model<'c, 'w> {
-    c: &'c ModelConfig,
-    b: Builder<'w>,
+struct Model<'a> {
+    c: &'a ModelConfig,
+    rank: &'a RankPlan,
+    b: Builder<'a>,
     shape: StepShape,
 }
 
-impl<'c, 'w> Model<'c, 'w> {
-    fn new(
-        config: &'c ModelConfig,
-        numerics: Numerics,
-        weights: &'w HashMap<WeightKey, WeightSpec>,
-        shape: StepShape,
-    ) -> Self {
+impl<'a> Model<'a> {
+    fn new(inputs: ModelInputs<'a>, shape: StepShape, micro_batch: MicroBatch) -> Self {
+        let ModelInputs { config, numerics, rank, weights } = inputs;
         let power_of_two =
             config.quantization.is_some_and(|q| q.scale_fmt == ConfigScaleFormat::Ue8m0);
         let format = if power_of_two { ScaleFormat::PowerOfTwo } else { ScaleFormat::Float };
-        Model { c: config, b: Builder::new(weights, numerics, format), shape }
+        let b = Builder::new(weights, rank, numerics, format, micro_batch);
+        Model { c: config, rank, b, shape }
+    }
+
+    /// Tokens that this rank has outside attention.
+    fn own_rows(&self) -> usize {
+        match self.rank.splits_tokens() {
+            true => self.shape.tokens / self.rank.tensor.size,
+            false => self.shape.tokens,
+        }
+    }
+
+    /// Adds up what each rank of the tensor group has computed with its heads or columns.
+    fn sum(&mut self, name: &str, partial: Slot) -> Slot {
+        if self.rank.tensor.is_alone() {
+            return partial;
+        }
+        if self.rank.splits_tokens() {
+            return self.b.reduce_scatter(&format!("{name} reduce-scatter"), partial);
+        }
+        self.b.all_reduce(&format!("{name} all-reduce"), partial);
+        partial
+    }
+
+    /// What the former stage has computed.
+    fn receive(&mut self) -> Slot {
+        let tensor = self.b.scratch("stage input", &[self.own_rows(), self.c.hidden_size]);
+        let peer = self.rank.stage.rank - 1;
+        self.b.collectives("receive", Group::Pipeline, vec![Collective::Recv { tensor, peer }]);
+        tensor
+    }
+
+    /// Hands the residual stream to the next stage.
+    fn send(&mut self, residual: Slot, add: Option<Slot>) {
+        self.b.scope.clear();
+        if let Some(add) = add {
+            self.b.push("stage output", op::Add { a: residual, b: add, out: residual });
+        }
+        let peer = self.rank.stage.rank + 1;
+        let send = Collective::Send { tensor: residual, peer };
+        self.b.collectives("send", Group::Pipeline, vec![send]);
     }
 
     fn eps(&self) -> f32 {
@@ -131,8 +181,10 @@ impl<'c, 'w> Model<'c, 'w> {
         let table = self.b.weight(0, Role::Embedding);
         let out = self.b.scratch(name, &[tokens, self.c.hidden_size]);
         let total_rows = self.c.vocab_size as u32;
-        self.b.push(name, op::GatherRows { table, rows, out, first_row: 0, total_rows });
-        out
+        // Ids of other ranks' rows give zeros, so that the sum over the ranks is the embedding.
+        let first_row = self.rank.tensor.part(self.c.vocab_size).start as u32;
+        self.b.push(name, op::GatherRows { table, rows, out, first_row, total_rows });
+        self.sum(name, out)
     }
 
     /// One transformer block. `add` is the former block's output, not yet in the residual stream;
@@ -149,22 +201,37 @@ impl<'c, 'w> Model<'c, 'w> {
         let attended = self.attention(layer, x);
         let weight = self.b.weight(layer, Role::PostAttentionNorm);
         let x = self.b.norm("post-attention norm", attended, weight, Some(residual), eps);
-        let x = self.b.activations("mlp", x);
-        if self.c.is_moe_layer(layer) { self.moe(layer, &x) } else { self.dense_mlp(layer, &x) }
+        if self.c.is_moe_layer(layer) {
+            let x = self.b.activations("mlp", x, (layer, Role::ExpertsGateUp));
+            let partial = self.moe(layer, &x);
+            return self.sum_columns("moe", partial);
+        }
+        let x = self.b.activations("mlp", x, (layer, Role::GateUp));
+        let partial = self.mlp("mlp", layer, &x, Role::GateUp, Role::Down);
+        self.sum_columns("mlp", partial)
+    }
+
+    /// Adds up the columns of MLPs, where ranks have some each.
+    fn sum_columns(&mut self, name: &str, partial: Slot) -> Slot {
+        if self.rank.mlp_member().is_alone() { partial } else { self.sum(name, partial) }
     }
 
     /// Multi-head latent attention (section 2.1.1 of the report).
     fn attention(&mut self, layer: usize, x: Slot) -> Slot {
         let c = self.c;
         let tokens = self.shape.tokens;
-        let (heads, rank, rope) = (c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim);
-        let x = self.b.activations("attention", x);
+        let (heads, rank, rope) = (self.heads(), c.kv_lora_rank, c.qk_rope_head_dim);
+        let first = if c.q_lora_rank.is_some() { Role::QA } else { Role::Q };
+        let mut x = self.b.activations("attention", x, (layer, first));
+        if self.rank.splits_tokens() {
+            x = self.b.gather_activations("attention all-gather", &x);
+        }
         let q = match c.q_lora_rank {
             Some(_) => {
                 let latent = self.b.linear("q_a", &x, layer, Role::QA);
                 let weight = self.b.weight(layer, Role::QANorm);
                 let latent = self.b.norm("q_a norm", latent, weight, None, LATENT_NORM_EPS);
-                let latent = self.b.activations("q_b", latent);
+                let latent = self.b.activations("q_b", latent, (layer, Role::QB));
                 self.b.linear("q_b", &latent, layer, Role::QB)
             }
             None => self.b.linear("q", &x, layer, Role::Q),
@@ -189,8 +256,14 @@ impl<'c, 'w> Model<'c, 'w> {
             Form::Absorbed => self.absorbed(layer, q),
         };
         let attended = attended.reshaped(&[tokens, heads * c.v_head_dim]);
-        let attended = self.b.activations("o", attended);
-        self.b.linear("o", &attended, layer, Role::O)
+        let attended = self.b.activations("o", attended, (layer, Role::O));
+        let partial = self.b.linear("o", &attended, layer, Role::O);
+        self.sum("o", partial)
+    }
+
+    /// Heads of this rank.
+    fn heads(&self) -> usize {
+        self.rank.tensor.part(self.c.num_attention_heads).len()
     }
 
     fn cache(&mut self, layer: usize) -> Slot {
@@ -201,7 +274,7 @@ impl<'c, 'w> Model<'c, 'w> {
     fn expanded(&mut self, layer: usize, q: Slot, latent: Slot, k_rope: Slot, keys: usize) -> Slot {
         let c = self.c;
         let StepShape { tokens, sequences, max_pages, .. } = self.shape;
-        let (heads, rank, rope) = (c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim);
+        let (heads, rank, rope) = (self.heads(), c.kv_lora_rank, c.qk_rope_head_dim);
         let q_starts = self.b.input(Input::QueryStarts, &[sequences + 1]);
         let kv_starts = self.b.input(Input::KeyStarts, &[sequences + 1]);
         let (latent, k_rope) = if keys == tokens {
@@ -213,7 +286,7 @@ impl<'c, 'w> Model<'c, 'w> {
             self.b.push("cache read", op::CacheRead { cache, block_table, kv_starts, out });
             (out.columns(0, rank), out.columns(rank, rope))
         };
-        let latent = self.b.activations("kv_b", latent);
+        let latent = self.b.activations("kv_b", latent, (layer, Role::KvB));
         let kv = self.b.linear("kv_b", &latent, layer, Role::KvB);
         let kv = kv.split_last(heads, c.qk_nope_head_dim + c.v_head_dim);
         let out = self.b.scratch("attention", &[tokens, heads, c.v_head_dim]);
@@ -229,7 +302,7 @@ impl<'c, 'w> Model<'c, 'w> {
     fn absorbed(&mut self, layer: usize, q: Slot) -> Slot {
         let c = self.c;
         let StepShape { tokens, sequences, max_pages, .. } = self.shape;
-        let (heads, rank) = (c.num_attention_heads, c.kv_lora_rank);
+        let (heads, rank) = (self.heads(), c.kv_lora_rank);
         let (nope, v) = (c.qk_nope_head_dim, c.v_head_dim);
         // kv_b is [h, nope + v, rank]: per head, W_UK above W_UV.
         let quantized = self.b.numerics == Numerics::Fp8 && c.quantization.is_some();
@@ -258,10 +331,6 @@ impl<'c, 'w> Model<'c, 'w> {
         out
     }
 
-    fn dense_mlp(&mut self, layer: usize, x: &Activations) -> Slot {
-        self.mlp("mlp", layer, x, Role::GateUp, Role::Down)
-    }
-
     /// SwiGLU: `down(silu(gate(x)) · up(x))`.
     fn mlp(
         &mut self,
@@ -273,7 +342,7 @@ impl<'c, 'w> Model<'c, 'w> {
     ) -> Slot {
         let both = self.b.linear(&format!("{name} gate_up"), x, layer, gate_up);
         let inner = self.swiglu(name, both);
-        let inner = self.b.activations(&format!("{name} down"), inner);
+        let inner = self.b.activations(&format!("{name} down"), inner, (layer, down));
         self.b.linear(&format!("{name} down"), &inner, layer, down)
     }
 
@@ -337,8 +406,8 @@ impl<'c, 'w> Model<'c, 'w> {
         let up = (layer, Role::ExpertsGateUp);
         let both = self.b.grouped_linear("experts gate_up", &permuted, up, offsets, routing);
         let inner = self.swiglu("experts", both);
-        let inner = self.b.activations("experts down", inner);
         let down = (layer, Role::ExpertsDown);
+        let inner = self.b.activations("experts down", inner, down);
         let y = self.b.grouped_linear("experts down", &inner, down, offsets, routing);
         let base = (c.n_shared_experts > 0)
             .then(|| self.mlp("shared expert", layer, x, Role::SharedGateUp, Role::SharedDown));
@@ -347,24 +416,41 @@ impl<'c, 'w> Model<'c, 'w> {
         out
     }
 
+    /// The last norm, on this rank's rows, and then the rows of all ranks of the tensor group.
     fn final_norm(
         &mut self,
         name: &str,
         add: Option<Slot>,
         residual: Slot,
-        role: Role,
-        layer: usize,
-        out: Slot,
-    ) {
+        (layer, role): (usize, Role),
+        outlives: bool,
+    ) -> Slot {
         self.b.scope.clear();
         let (weight, eps) = (self.b.weight(layer, role), self.eps());
+        let (tokens, h) = (self.shape.tokens, self.c.hidden_size);
+        let dtype = residual.desc().dtype();
+        let whole = match outlives {
+            true => self.b.output(Output::Hidden, dtype, &[tokens, h]),
+            false => self.b.scratch(name, &[tokens, h]),
+        };
+        let rows = self.own_rows();
+        let own = match self.rank.splits_tokens() {
+            true => whole.narrowed(0, self.rank.tensor.rank * rows, rows),
+            false => whole,
+        };
         match add {
-            Some(add) => self.b.norm_into(name, add, weight, Some(residual), eps, out),
-            None => self.b.norm_into(name, residual, weight, None, eps, out),
+            Some(add) => self.b.norm_into(name, add, weight, Some(residual), eps, own),
+            None => self.b.norm_into(name, residual, weight, None, eps, own),
         }
+        if self.rank.splits_tokens() {
+            let gather = Collective::AllGather { send: own, recv: whole };
+            self.b.collectives(&format!("{name} all-gather"), Group::Tensor, vec![gather]);
+        }
+        whole
     }
 
-    /// Logits of the wanted rows, and the largest of each.
+    /// Logits of the wanted rows for this rank's part of the vocabulary, and of each rank's part
+    /// the largest.
     fn head(&mut self, prefix: &str, hidden: Slot) {
         let StepShape { tokens, logit_rows, vocabulary, .. } = self.shape;
         if logit_rows == 0 {
@@ -381,11 +467,26 @@ impl<'c, 'w> Model<'c, 'w> {
                 .push(&name, op::GatherRows { table: hidden, rows, out, first_row: 0, total_rows });
             out
         };
-        let logits = self.b.output(Output::Logits, DType::F32, &[logit_rows, self.c.vocab_size]);
+        let part = self.rank.tensor.part(self.c.vocab_size);
+        let logits = self.b.output(Output::Logits, DType::F32, &[logit_rows, part.len()]);
         let wanted = Activations::of(wanted, None);
         self.b.linear_into(&format!("{prefix}head"), &wanted, 0, Role::Head, logits);
-        let out = self.b.output(Output::Greedy, DType::I32, &[logit_rows]);
-        let limit = vocabulary.min(self.c.vocab_size) as u32;
-        self.b.push(&format!("{prefix}argmax"), op::ArgMax { x: logits, out, limit });
+        let ranks = self.rank.tensor.size;
+        let out = self.b.output(Output::Candidates, DType::I32, &[2, ranks, logit_rows]);
+        let values = out.narrowed(0, 0, 1).reinterpreted(DType::F32, &[ranks, logit_rows]);
+        let indices = out.narrowed(0, 1, 1).reinterpreted(DType::I32, &[ranks, logit_rows]);
+        let own = |whole: Slot| whole.narrowed(0, self.rank.tensor.rank, 1);
+        // A part that is all padding has no candidate: the host leaves it out by its number.
+        let limit = vocabulary.clamp(part.start + 1, part.end) - part.start;
+        let largest = op::TopK {
+            x: logits,
+            values: own(values).reinterpreted(DType::F32, &[logit_rows, 1]),
+            indices: own(indices).reinterpreted(DType::I32, &[logit_rows, 1]),
+            limit: limit as u32,
+        };
+        self.b.push(&format!("{prefix}largest logit"), largest);
+        let gather = |whole: Slot| Collective::AllGather { send: own(whole), recv: whole };
+        let batch = vec![gather(values), gather(indices)];
+        self.b.collectives(&format!("{prefix}candidates all-gather"), Group::Tensor, batch);
     }
 }

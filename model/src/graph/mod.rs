@@ -1,23 +1,27 @@
-//! The model as a graph: ops over values, with no mention of memory or streams.
+//! The model as a graph: ops and collectives over values, with no mention of memory or streams.
 //!
-//! [`Graph`] is the data; `deepseek` writes the model down in it; `arena` gives its scratch values
-//! places in one workspace.
+//! [`Graph`] is the data, one for each rank of a plan; `deepseek` writes the model down in it. Order,
+//! streams and places in memory are the business of [`crate::schedule`].
 
-mod arena;
 mod builder;
 mod deepseek;
 
-pub use arena::{Arena, plan_arena};
-pub use deepseek::{Form, StepShape, main_model, mtp_module};
 
+pub use deepseek::{Form, ModelInputs, StepShape, main_model, mtp_module};
+
+use crate::plan::Group;
 use crate::weights::WeightKey;
 use hal::op::Access;
-use hal::{Op, Operand, TensorDesc};
+use hal::{Collective, DType, Op, Operand, TensorDesc};
 use std::sync::Arc;
 
 /// A value of a graph, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ValueId(pub u32);
+
+/// A part of a step's tokens that goes through the model by itself; a step that is not split has
+/// one, number 0.
+pub type MicroBatch = usize;
 
 /// What a value is bound to when the graph runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,10 +32,10 @@ pub enum Source {
     Scales(WeightKey),
     /// The KV cache of a layer: `[pages, page_size, latent + rope]`.
     Cache(usize),
-    /// What the host sends for each step.
-    Input(Input),
+    /// What the host sends for each step and micro-batch.
+    Input(MicroBatch, Input),
     /// What outlives the step.
-    Output(Output),
+    Output(MicroBatch, Output),
     /// Nothing but this graph.
     Scratch,
 }
@@ -62,10 +66,11 @@ pub enum Input {
 pub enum Output {
     /// `[T, H]`: hidden states after the final norm.
     Hidden,
-    /// `[L, vocab]` F32: logits of the wanted tokens.
+    /// `[L, V]` F32: logits of the wanted tokens, for this rank's part of the vocabulary.
     Logits,
-    /// `[L]` I32: the token with the largest logit.
-    Greedy,
+    /// `[2, R, L]` I32: of each wanted token and each of the R ranks of the tensor group, the
+    /// largest logit of that rank's part of the vocabulary (the bits of an F32), then which one.
+    Candidates,
 }
 
 /// A value.
@@ -96,6 +101,23 @@ impl Operand for Slot {
 }
 
 impl Slot {
+    /// A view of a value.
+    pub fn new(value: ValueId, offset: u64, desc: TensorDesc) -> Self {
+        Slot { value, offset, desc }
+    }
+
+    /// The same view of another value.
+    #[must_use]
+    pub fn of_value(&self, value: ValueId) -> Slot {
+        Slot { value, ..*self }
+    }
+
+    /// The same bytes as elements of another type and shape.
+    #[must_use]
+    pub fn reinterpreted(&self, dtype: DType, shape: &[usize]) -> Slot {
+        Slot { desc: TensorDesc::new(dtype, shape), ..*self }
+    }
+
     /// See [`TensorDesc::columns`].
     #[must_use]
     pub fn columns(&self, start: usize, len: usize) -> Slot {
@@ -129,17 +151,66 @@ impl Slot {
     }
 }
 
-/// An op of a graph.
+/// What a node does.
+#[derive(Clone, Debug)]
+pub enum Work {
+    /// Computes.
+    Op(Op<Slot>),
+    /// Communicates: one batch of collectives of this rank in a group.
+    Collectives {
+        /// With whom.
+        group: Group,
+        /// This rank's place in the group.
+        rank: usize,
+        /// What.
+        batch: Vec<Collective<Slot>>,
+    },
+    /// Sets every byte.
+    Fill {
+        /// Of what.
+        slot: Slot,
+        /// To what.
+        byte: u8,
+    },
+}
+
+impl Work {
+    /// Calls `f` with each operand and how it is used.
+    pub fn visit<'a>(&'a self, mut f: impl FnMut(Access, &'a Slot)) {
+        match self {
+            Work::Op(op) => op.visit(|_, access, slot| f(access, slot)),
+            Work::Collectives { batch, rank, .. } => {
+                for collective in batch {
+                    let (send, recv) = collective.tensors(*rank);
+                    send.into_iter().for_each(|slot| f(Access::Read, slot));
+                    recv.into_iter().for_each(|slot| f(Access::Write, slot));
+                }
+            }
+            Work::Fill { slot, .. } => f(Access::Write, slot),
+        }
+    }
+
+    /// The name of its kind, as traces have it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Work::Op(op) => op.kind().name(),
+            Work::Collectives { batch, .. } => batch.first().map_or("nothing", |c| c.kind().name()),
+            Work::Fill { .. } => "fill",
+        }
+    }
+}
+
+/// A step of a graph.
 #[derive(Clone, Debug)]
 pub struct Node {
-    /// What it computes.
-    pub op: Op<Slot>,
+    /// What it does.
+    pub work: Work,
     /// How traces and errors call it.
     pub label: Arc<str>,
 }
 
-/// Ops in an order in which they may run. A value is written before it is read, and where a later
-/// op updates a value in place, all readers of the former contents come before it.
+/// Nodes in an order in which they may run. A value is written before it is read, and where a later
+/// node updates a value in place, all readers of the former contents come before it.
 #[derive(Clone, Debug, Default)]
 pub struct Graph {
     values: Vec<Value>,
@@ -147,7 +218,12 @@ pub struct Graph {
 }
 
 impl Graph {
-    /// The ops, in order.
+    /// A graph of these values and nodes.
+    pub fn new(values: Vec<Value>, nodes: Vec<Node>) -> Self {
+        Graph { values, nodes }
+    }
+
+    /// The nodes, in order.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
@@ -162,10 +238,10 @@ impl Graph {
         &self.values[id.0 as usize]
     }
 
-    /// Calls `f` with the number of each op and each of its operands.
+    /// Calls `f` with the number of each node and each of its operands.
     pub fn visit(&self, mut f: impl FnMut(usize, Access, &Slot)) {
         for (number, node) in self.nodes.iter().enumerate() {
-            node.op.visit(|_, access, slot| f(number, access, slot));
+            node.work.visit(|access, slot| f(number, access, slot));
         }
     }
 }

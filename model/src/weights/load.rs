@@ -1,18 +1,24 @@
-//! Bringing weights from a checkpoint to a die.
+//! Bringing weights from a checkpoint to the dies: each rank reads its own parts, side by side.
 
-use super::{Piece, Role, WeightKey, WeightSpec};
-use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::config::ModelConfig;
+use super::{Piece, PlanOptions, Role, WeightKey, WeightPlan, WeightSpec};
+use crate::checkpoint::{Checkpoint, CheckpointError, Weight};
+use crate::config::{FP8_BLOCK, ModelConfig};
+use crate::plan::RankPlan;
 use hal::op;
 use hal::{DType, Device, Op, Operand, Region, Stream, Tensor, TensorDesc};
+use std::borrow::Cow;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::time::Duration;
 
 /// How long loading may stand still before it counts as failed.
 const TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Bytes of converted weights in flight before the loader waits: bounds the staging memory.
+/// Bytes of weights in flight on one die before its loader waits: bounds the staging memory, which
+/// is this for each rank being loaded, and as many are as there are processors.
 const STAGING: u64 = 256 << 20;
 
 /// Why weights cannot be loaded.
@@ -32,12 +38,12 @@ pub enum LoadError {
     },
 }
 
-/// How far loading has come.
+/// How far loading has come, all ranks together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadProgress {
     /// Bytes of the checkpoint read.
     pub done: u64,
-    /// Bytes to read in all.
+    /// Bytes to read in all: what several ranks need counts for each.
     pub total: u64,
 }
 
@@ -47,8 +53,6 @@ pub struct Weights {
     tensors: HashMap<WeightKey, (Tensor, Option<Tensor>)>,
     /// Bytes read from the checkpoint.
     pub read_bytes: u64,
-    /// Bytes that they take on the device.
-    pub device_bytes: u64,
 }
 
 impl Weights {
@@ -63,68 +67,159 @@ impl Weights {
     }
 }
 
-/// Loads every weight of the plan.
+/// Makes room for a rank's weights without reading any: for devices that compute no values.
+///
+/// # Errors
+///
+/// [`LoadError::Device`]. What was allocated is freed.
+pub fn allocate(device: &Arc<dyn Device>, plan: &WeightPlan) -> Result<Weights, LoadError> {
+    let stream = device.stream("load").map_err(|e| wrap("the load stream", e))?;
+    let mut tensors = HashMap::with_capacity(plan.specs.len());
+    for spec in &plan.specs {
+        let name = format!("{:?}", spec.key.role);
+        tensors.insert(spec.key, alloc(&*stream, spec, &name)?);
+    }
+    stream.synchronize(TIMEOUT).map_err(|e| wrap("the weights", e))?;
+    Ok(Weights { tensors, read_bytes: 0 })
+}
+
+/// Loads the weights of every rank, some ranks side by side.
 ///
 /// Weights go to the device as the checkpoint has them where the plan keeps the dtype; others go
 /// through a staging buffer and are dequantised or converted by the device.
 ///
 /// # Errors
 ///
-/// [`LoadError`] naming the tensor. What was allocated is freed.
+/// [`LoadError`] naming the tensor, that of the lowest rank if several fail. What was allocated is
+/// freed.
 pub fn load(
-    device: &Arc<dyn Device>,
+    ranks: &[(Arc<dyn Device>, RankPlan, WeightPlan)],
     checkpoint: &Checkpoint,
-    specs: &[WeightSpec],
+    options: PlanOptions,
     progress: &mut dyn FnMut(LoadProgress),
-) -> Result<Weights, LoadError> {
-    let stream = device.stream("load").map_err(|e| wrap("the load stream", e))?;
+) -> Result<Vec<Weights>, LoadError> {
     let mut total = 0;
-    for piece in specs.iter().flat_map(|s| &s.pieces) {
-        total += checkpoint.tensor(&piece.name)?.data.len() as u64;
+    for (_, rank, plan) in ranks {
+        for spec in &plan.specs {
+            for piece in super::pieces(checkpoint.config(), rank, options, spec.key) {
+                let dtype = checkpoint.tensor(&piece.name)?.dtype;
+                let elements = piece.rows.len() * piece.columns.as_ref().map_or(1, |c| c.len());
+                total += (elements * dtype.bitsize() / 8) as u64;
+            }
+        }
     }
-    let mut loader = Loader {
-        stream: &*stream,
-        checkpoint,
-        progress,
-        state: LoadProgress { done: 0, total },
-        staged: 0,
+    let workers = std::thread::available_parallelism().map_or(1, |n| n.get()).min(ranks.len());
+    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let (sender, receiver) = mpsc::channel();
+    let work = |sender: mpsc::Sender<u64>| {
+        let mut results = Vec::new();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some((device, rank, plan)) = ranks.get(at) else { return results };
+            let target = Target { device, rank, plan, options };
+            let result = target.load(checkpoint, &sender, &failed);
+            failed.fetch_or(result.is_err(), Ordering::Relaxed);
+            results.push((at, result));
+        }
     };
-    let mut tensors = HashMap::with_capacity(specs.len());
-    for spec in specs {
-        tensors.insert(spec.key, loader.weight(spec)?);
-    }
-    let read_bytes = loader.state.done;
-    stream.synchronize(TIMEOUT).map_err(|e| wrap("the weights", e))?;
-    let device_bytes = specs.iter().map(WeightSpec::bytes).sum();
-    Ok(Weights { tensors, read_bytes, device_bytes })
+    let work = &work;
+    let mut loaded: Vec<(usize, Result<Weights, LoadError>)> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..workers)
+            .map(|_| {
+                let sender = sender.clone();
+                scope.spawn(move || work(sender))
+            })
+            .collect();
+        drop(sender);
+        let mut state = LoadProgress { done: 0, total };
+        for bytes in receiver {
+            state.done += bytes;
+            progress(state);
+        }
+        let results = threads.into_iter().map(|thread| thread.join());
+        results.flat_map(|r| r.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    });
+    loaded.sort_by_key(|(at, _)| *at);
+    // A rank that stopped because another failed has a failure too, of a later rank or cause.
+    loaded.into_iter().map(|(_, result)| result).collect()
 }
 
 fn wrap(tensor: &str, source: hal::Error) -> LoadError {
     LoadError::Device { tensor: tensor.to_string(), source }
 }
 
+fn alloc(
+    stream: &dyn Stream,
+    spec: &WeightSpec,
+    name: &str,
+) -> Result<(Tensor, Option<Tensor>), LoadError> {
+    let one = |desc: TensorDesc| {
+        let buffer = stream.alloc(desc.bytes()).map_err(|e| wrap(name, e))?;
+        Ok::<_, LoadError>(Tensor::new(buffer, 0, desc))
+    };
+    Ok((one(spec.desc)?, spec.scales.map(one).transpose()?))
+}
+
+/// A rank to load.
+struct Target<'a> {
+    device: &'a Arc<dyn Device>,
+    rank: &'a RankPlan,
+    plan: &'a WeightPlan,
+    options: PlanOptions,
+}
+
+impl Target<'_> {
+    fn load(
+        &self,
+        checkpoint: &Checkpoint,
+        progress: &mpsc::Sender<u64>,
+        stop: &AtomicBool,
+    ) -> Result<Weights, LoadError> {
+        let stream = self.device.stream("load").map_err(|e| wrap("the load stream", e))?;
+        let mut loader = Loader { stream: &*stream, checkpoint, progress, read: 0, in_flight: 0 };
+        let mut tensors = HashMap::with_capacity(self.plan.specs.len());
+        for spec in &self.plan.specs {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            let pieces = super::pieces(checkpoint.config(), self.rank, self.options, spec.key);
+            tensors.insert(spec.key, loader.weight(spec, &pieces, self.rank)?);
+        }
+        let read_bytes = loader.read;
+        stream.synchronize(TIMEOUT).map_err(|e| wrap("the weights", e))?;
+        Ok(Weights { tensors, read_bytes })
+    }
+}
+
 struct Loader<'a> {
     stream: &'a dyn Stream,
     checkpoint: &'a Checkpoint,
-    progress: &'a mut dyn FnMut(LoadProgress),
-    state: LoadProgress,
-    staged: u64,
+    progress: &'a mpsc::Sender<u64>,
+    read: u64,
+    in_flight: u64,
 }
 
 impl Loader<'_> {
-    fn weight(&mut self, spec: &WeightSpec) -> Result<(Tensor, Option<Tensor>), LoadError> {
-        let name = spec.pieces.first().map_or("the rotary table", |p| &p.name);
-        let alloc = |desc: TensorDesc| {
-            let buffer = self.stream.alloc(desc.bytes()).map_err(|e| wrap(name, e))?;
-            Ok::<_, LoadError>(Tensor::new(buffer, 0, desc))
-        };
-        let tensor = alloc(spec.desc)?;
-        let scales = spec.scales.map(alloc).transpose()?;
-        if spec.key.role == Role::RopeTable {
-            let table = rope_table(self.checkpoint.config(), spec.desc.dim(0));
-            self.write(name, &tensor.region(), bytemuck::cast_slice(&table))?;
+    fn weight(
+        &mut self,
+        spec: &WeightSpec,
+        pieces: &[Piece],
+        rank: &RankPlan,
+    ) -> Result<(Tensor, Option<Tensor>), LoadError> {
+        let name = pieces.first().map_or("a computed table", |p| &p.name);
+        let (tensor, scales) = alloc(self.stream, spec, name)?;
+        match spec.key.role {
+            Role::RopeTable => {
+                let table = rope_table(self.checkpoint.config(), spec.desc.dim(0));
+                self.write(name, &tensor.region(), bytemuck::cast_slice(&table))?;
+            }
+            Role::Replicas => {
+                let table = replica_table(rank, spec.desc.dim(1));
+                self.write(name, &tensor.region(), bytemuck::cast_slice(&table))?;
+            }
+            _ => {}
         }
-        for piece in &spec.pieces {
+        for piece in pieces {
             self.piece(spec, piece, &tensor, scales.as_ref())?;
         }
         Ok((tensor, scales))
@@ -138,34 +233,55 @@ impl Loader<'_> {
         scales: Option<&Tensor>,
     ) -> Result<(), LoadError> {
         let source = self.checkpoint.weight(&piece.name)?;
-        source.check_values()?;
-        let part = part_of(tensor, piece, source.shape[0]);
-        match &source.scales {
+        let (data, shape) = part_of_source(&source, piece);
+        // The message for a bad value gives its place in the whole tensor.
+        let part = Weight { data: &data, scales: None, ..source.clone() };
+        if part.check_values().is_err() {
+            source.check_values()?;
+        }
+        let out = part_of(tensor, piece.expert, piece.row, piece.rows.len());
+        let from = source.scales.as_ref().map(|from| {
+            let rows = blocks(&piece.rows);
+            let columns = piece.columns.as_ref().map_or(0..1, blocks);
+            let values: Vec<f32> = rows
+                .clone()
+                .flat_map(|r| &from.values[r * from.shape[1]..][columns.clone()])
+                .copied()
+                .collect();
+            (values, [rows.len(), columns.len()])
+        });
+        match from {
             _ if source.dtype == spec.desc.dtype() => {
-                self.write(&piece.name, &part.region(), source.data)?;
-                if let (Some(from), Some(to)) = (&source.scales, scales) {
+                self.write(&piece.name, &out.region(), &data)?;
+                if let (Some((values, shape)), Some(to)) = (&from, scales) {
                     // Each stacked segment has scale rows of its own.
                     let row = spec.grid.scale_row(piece.row, rows_of(spec));
-                    let part = part_of(to, &Piece { row, ..piece.clone() }, from.shape[0]);
-                    self.write(&piece.name, &part.region(), bytemuck::cast_slice(&from.values))?;
+                    let to = part_of(to, piece.expert, row, shape[0]);
+                    self.write(&piece.name, &to.region(), bytemuck::cast_slice(values))?;
                 }
             }
-            Some(from) => {
-                let w = self.stage(&piece.name, source.dtype, source.shape, source.data)?;
-                let values = bytemuck::cast_slice(&from.values);
-                let w_scales = self.stage(&piece.name, DType::F32, &from.shape, values)?;
-                let grid = op::BlockGrid::default();
-                let out = part.with_desc(TensorDesc::new(spec.desc.dtype(), source.shape));
+            Some((values, scale_shape)) => {
+                let w = self.stage(&piece.name, source.dtype, &shape, &data)?;
+                let values = bytemuck::cast_slice(&values);
+                let w_scales = self.stage(&piece.name, DType::F32, &scale_shape, values)?;
+                let within = |range: &Range<usize>| (range.start % FP8_BLOCK) as u32;
+                let grid = op::BlockGrid {
+                    row_offset: within(&piece.rows),
+                    column_offset: piece.columns.as_ref().map_or(0, within),
+                    segments: 1,
+                };
+                let out = out.with_desc(TensorDesc::new(spec.desc.dtype(), &shape));
                 self.submit(&piece.name, op::Dequantize { w, w_scales, out, grid }.into())?;
             }
             None => {
-                let x = self.stage(&piece.name, source.dtype, source.shape, source.data)?;
-                let out = part.with_desc(TensorDesc::new(spec.desc.dtype(), source.shape));
+                let x = self.stage(&piece.name, source.dtype, &shape, &data)?;
+                let out = out.with_desc(TensorDesc::new(spec.desc.dtype(), &shape));
                 self.submit(&piece.name, op::Cast { x, out }.into())?;
             }
         }
-        self.state.done += source.data.len() as u64;
-        (self.progress)(self.state);
+        self.read += data.len() as u64;
+        // Nobody listens any more only if the caller is gone.
+        let _ = self.progress.send(data.len() as u64);
         Ok(())
     }
 
@@ -177,17 +293,17 @@ impl Loader<'_> {
         shape: &[usize],
         data: &[u8],
     ) -> Result<Tensor, LoadError> {
-        self.staged += data.len() as u64;
-        if self.staged > STAGING {
-            self.stream.synchronize(TIMEOUT).map_err(|e| wrap(name, e))?;
-            self.staged = data.len() as u64;
-        }
         let tensor = self.stream.alloc_tensor(dtype, shape).map_err(|e| wrap(name, e))?;
         self.write(name, &tensor.region(), data)?;
         Ok(tensor)
     }
 
-    fn write(&self, name: &str, region: &Region, data: &[u8]) -> Result<(), LoadError> {
+    fn write(&mut self, name: &str, region: &Region, data: &[u8]) -> Result<(), LoadError> {
+        self.in_flight += data.len() as u64;
+        if self.in_flight > STAGING {
+            self.stream.synchronize(TIMEOUT).map_err(|e| wrap(name, e))?;
+            self.in_flight = data.len() as u64;
+        }
         self.stream.write(region, data).map_err(|e| wrap(name, e))
     }
 
@@ -196,20 +312,42 @@ impl Loader<'_> {
     }
 }
 
+/// The blocks that a range of rows or columns touches.
+fn blocks(range: &Range<usize>) -> Range<usize> {
+    range.start / FP8_BLOCK..range.end.div_ceil(FP8_BLOCK)
+}
+
+/// The bytes of a piece and their shape: a view of the file where the columns are whole.
+fn part_of_source<'s>(source: &Weight<'s>, piece: &Piece) -> (Cow<'s, [u8]>, Vec<usize>) {
+    let size = source.dtype.size();
+    let Some(columns) = &piece.columns else {
+        let data = &source.data[piece.rows.start * size..piece.rows.end * size];
+        return (Cow::Borrowed(data), vec![piece.rows.len()]);
+    };
+    let width = source.shape.last().copied().unwrap_or(1) * size;
+    let rows = &source.data[piece.rows.start * width..piece.rows.end * width];
+    let shape = vec![piece.rows.len(), columns.len()];
+    if columns.len() * size == width {
+        return (Cow::Borrowed(rows), shape);
+    }
+    let range = columns.start * size..columns.end * size;
+    let packed = rows.chunks_exact(width).flat_map(|row| &row[range.clone()]).copied().collect();
+    (Cow::Owned(packed), shape)
+}
+
 fn rows_of(spec: &WeightSpec) -> usize {
     spec.desc.dim(spec.desc.rank().saturating_sub(2))
 }
 
-/// The part of a weight that a piece fills: `rows` rows of one expert's slice.
-fn part_of(tensor: &Tensor, piece: &Piece, rows: usize) -> Tensor {
+/// Some rows of a weight, or of one expert's slice of it.
+fn part_of(tensor: &Tensor, expert: usize, row: usize, rows: usize) -> Tensor {
     match tensor.desc().rank() {
         3 => {
-            let expert = tensor.narrowed(0, piece.expert, 1).narrowed(1, piece.row, rows);
+            let part = tensor.narrowed(0, expert, 1).narrowed(1, row, rows);
             let shape = [rows, tensor.desc().dim(2)];
-            let desc = TensorDesc::new(tensor.desc().dtype(), &shape);
-            expert.with_desc(desc)
+            part.with_desc(TensorDesc::new(tensor.desc().dtype(), &shape))
         }
-        _ => tensor.narrowed(0, piece.row, rows),
+        _ => tensor.narrowed(0, row, rows),
     }
 }
 
@@ -227,4 +365,14 @@ fn rope_table(config: &ModelConfig, positions: usize) -> Vec<f32> {
         table.extend(frequencies.iter().map(|f| (angle(f).sin() * factor) as f32));
     }
     table
+}
+
+/// `[experts, most]`: the physical experts of each logical one, −1 behind them.
+fn replica_table(rank: &RankPlan, most: usize) -> Vec<i32> {
+    let replicas = rank.experts.as_ref().map(|e| e.replicas()).unwrap_or_default();
+    let row = |of: Vec<u32>| {
+        let padding = most.saturating_sub(of.len());
+        of.into_iter().map(|p| p as i32).chain(std::iter::repeat_n(-1, padding))
+    };
+    replicas.into_iter().flat_map(row).collect()
 }

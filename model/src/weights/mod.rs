@@ -1,17 +1,21 @@
-//! The weights as the device holds them: which there are, in which dtype and layout, and which
-//! tensors of the checkpoint they come from.
+//! The weights as a rank's die holds them: which there are, in which dtype and layout, and which
+//! parts of which tensors of the checkpoint they come from.
 //!
-//! [`plan`] lists them from the configuration alone, so that a model that does not fit is refused
-//! before anything is read; [`load()`] brings them to a die.
+//! [`plan`] lists them from the configuration and the rank's place alone, so that a model that does
+//! not fit is refused before anything is read; [`load()`] brings them to the dies.
 
 mod load;
+mod source;
 
-pub use load::{LoadError, LoadProgress, Weights, load};
+pub use load::{LoadError, LoadProgress, Weights, allocate, load};
+pub use source::Piece;
 
 use crate::config::ModelConfig;
 use crate::numerics::Numerics;
+use crate::plan::RankPlan;
+use hal::TensorDesc;
 use hal::op::BlockGrid;
-use hal::{DType, TensorDesc};
+use std::collections::HashMap;
 
 /// Which part of a layer a weight is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -48,6 +52,9 @@ pub enum Role {
     MtpHeadNorm,
     /// Cosines and sines per position; computed, not read.
     RopeTable,
+    /// `[experts, most replicas]` I32: the physical experts of each logical one, −1 behind them;
+    /// computed, not read.
+    Replicas,
 }
 
 /// A weight of the model. Layer 0 stands for weights that belong to no layer.
@@ -57,17 +64,6 @@ pub struct WeightKey {
     pub layer: usize,
     /// What it is there.
     pub role: Role,
-}
-
-/// A tensor of the checkpoint and the part of a weight that it fills.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// Its name in the checkpoint.
-    pub name: String,
-    /// The expert's slice of a stacked weight.
-    pub expert: usize,
-    /// First row within that slice.
-    pub row: usize,
 }
 
 /// A weight as a die holds it.
@@ -81,8 +77,6 @@ pub struct WeightSpec {
     pub scales: Option<TensorDesc>,
     /// How rows and columns meet the scales.
     pub grid: BlockGrid,
-    /// Where it comes from; empty for what is computed.
-    pub pieces: Vec<Piece>,
 }
 
 impl WeightSpec {
@@ -92,7 +86,7 @@ impl WeightSpec {
     }
 }
 
-/// What a plan depends on besides the configuration.
+/// What a plan depends on besides the configuration and the rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlanOptions {
     /// The numerics policy.
@@ -103,213 +97,182 @@ pub struct PlanOptions {
     pub positions: usize,
 }
 
-/// Lists every weight of the model.
-pub fn plan(config: &ModelConfig, options: PlanOptions) -> Vec<WeightSpec> {
-    let mut planner = Planner { config, options, specs: Vec::new() };
-    planner.model();
-    planner.specs
+/// The weights of one rank, by key, and what they were planned from.
+#[derive(Clone, Debug)]
+pub struct WeightPlan {
+    /// In the order in which they are loaded.
+    pub specs: Vec<WeightSpec>,
+    index: HashMap<WeightKey, usize>,
 }
 
-struct Planner<'c> {
-    config: &'c ModelConfig,
+impl WeightPlan {
+    /// A weight that the rank holds.
+    pub fn get(&self, key: WeightKey) -> Option<&WeightSpec> {
+        self.index.get(&key).map(|&at| &self.specs[at])
+    }
+
+    /// Bytes on the device.
+    pub fn bytes(&self) -> u64 {
+        self.specs.iter().map(WeightSpec::bytes).sum()
+    }
+
+    /// Whether any weight is block-quantised.
+    pub fn is_quantized(&self) -> bool {
+        self.specs.iter().any(|s| s.scales.is_some())
+    }
+}
+
+/// Lists every weight that a rank holds.
+pub fn plan(config: &ModelConfig, rank: &RankPlan, options: PlanOptions) -> WeightPlan {
+    let specs: Vec<_> = keys(config, rank, options)
+        .into_iter()
+        .map(|key| source::describe(config, rank, options, key).spec(config, options, key))
+        .collect();
+    let index = specs.iter().enumerate().map(|(at, spec)| (spec.key, at)).collect();
+    WeightPlan { specs, index }
+}
+
+/// The parts of the checkpoint's tensors that fill a weight; empty for what is computed.
+pub fn pieces(
+    config: &ModelConfig,
+    rank: &RankPlan,
     options: PlanOptions,
-    specs: Vec<WeightSpec>,
+    key: WeightKey,
+) -> Vec<Piece> {
+    source::describe(config, rank, options, key).pieces(key)
 }
 
-impl Planner<'_> {
-    fn model(&mut self) {
-        let c = self.config;
-        let top = |role| WeightKey { layer: 0, role };
-        self.dense(
-            top(Role::Embedding),
-            &[c.vocab_size, c.hidden_size],
-            "model.embed_tokens.weight",
-        );
-        self.dense(top(Role::FinalNorm), &[c.hidden_size], "model.norm.weight");
-        self.dense(top(Role::Head), &[c.vocab_size, c.hidden_size], "lm_head.weight");
-        self.specs.push(WeightSpec {
-            key: top(Role::RopeTable),
-            desc: TensorDesc::new(DType::F32, &[self.options.positions, c.qk_rope_head_dim]),
-            scales: None,
-            grid: BlockGrid::default(),
-            pieces: Vec::new(),
-        });
-        for layer in 0..c.num_hidden_layers {
-            self.layer(layer);
-        }
-        if let (true, Some(layer)) = (self.options.mtp, c.mtp_layer()) {
-            let h = c.hidden_size;
-            let at = |role| WeightKey { layer, role };
-            let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
-            self.dense(at(Role::MtpEmbeddingNorm), &[h], &name("enorm"));
-            self.dense(at(Role::MtpHiddenNorm), &[h], &name("hnorm"));
-            self.dense(at(Role::MtpProjection), &[h, 2 * h], &name("eh_proj"));
-            self.dense(at(Role::MtpHeadNorm), &[h], &name("shared_head.norm"));
+/// Which weights a rank holds.
+fn keys(config: &ModelConfig, rank: &RankPlan, options: PlanOptions) -> Vec<WeightKey> {
+    let c = config;
+    let mtp = c.mtp_layer().filter(|_| options.mtp && rank.is_last_stage());
+    let mut keys = Vec::new();
+    let mut top = |role| keys.push(WeightKey { layer: 0, role });
+    if rank.is_first_stage() || mtp.is_some() {
+        top(Role::Embedding);
+    }
+    if rank.is_last_stage() {
+        top(Role::FinalNorm);
+        top(Role::Head);
+    }
+    top(Role::RopeTable);
+    if rank.experts.as_ref().is_some_and(|e| !e.is_identity()) {
+        top(Role::Replicas);
+    }
+    let quantized = options.numerics == Numerics::Fp8 && c.quantization.is_some();
+    for layer in rank.layers.clone().chain(mtp) {
+        let mut add = |role| keys.push(WeightKey { layer, role });
+        if mtp == Some(layer) {
             // Embedding and head are copies of the main model's, which serve for both.
-            self.layer(layer);
+            add(Role::MtpEmbeddingNorm);
+            add(Role::MtpHiddenNorm);
+            add(Role::MtpProjection);
+            add(Role::MtpHeadNorm);
         }
-    }
-
-    fn layer(&mut self, layer: usize) {
-        let c = self.config;
-        let (h, heads) = (c.hidden_size, c.num_attention_heads);
-        let at = |role| WeightKey { layer, role };
-        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
-        self.dense(at(Role::InputNorm), &[h], &name("input_layernorm"));
-        self.dense(at(Role::PostAttentionNorm), &[h], &name("post_attention_layernorm"));
-        let q_rows = heads * c.qk_head_dim();
+        add(Role::InputNorm);
+        add(Role::PostAttentionNorm);
         match c.q_lora_rank {
-            Some(rank) => {
-                self.linear(at(Role::QA), rank, h, &name("self_attn.q_a_proj"));
-                self.dense(at(Role::QANorm), &[rank], &name("self_attn.q_a_layernorm"));
-                self.linear(at(Role::QB), q_rows, rank, &name("self_attn.q_b_proj"));
-            }
-            None => self.linear(at(Role::Q), q_rows, h, &name("self_attn.q_proj")),
+            Some(_) => [Role::QA, Role::QANorm, Role::QB].into_iter().for_each(&mut add),
+            None => add(Role::Q),
         }
-        self.linear(at(Role::KvA), c.kv_latent_width(), h, &name("self_attn.kv_a_proj_with_mqa"));
-        self.dense(at(Role::KvANorm), &[c.kv_lora_rank], &name("self_attn.kv_a_layernorm"));
-        let kv_rows = heads * (c.qk_nope_head_dim + c.v_head_dim);
-        self.linear(at(Role::KvB), kv_rows, c.kv_lora_rank, &name("self_attn.kv_b_proj"));
-        if self.quantized() {
-            let shape = [kv_rows, c.kv_lora_rank];
-            self.dense(at(Role::KvBAbsorbed), &shape, &name("self_attn.kv_b_proj"));
+        [Role::KvA, Role::KvANorm, Role::KvB].into_iter().for_each(&mut add);
+        if quantized {
+            add(Role::KvBAbsorbed);
         }
-        self.linear(at(Role::O), h, heads * c.v_head_dim, &name("self_attn.o_proj"));
+        add(Role::O);
         if !c.is_moe_layer(layer) {
-            self.mlp(at(Role::GateUp), at(Role::Down), c.intermediate_size, "mlp");
-            return;
+            [Role::GateUp, Role::Down].into_iter().for_each(&mut add);
+            continue;
         }
-        let experts = c.n_routed_experts;
-        self.dense(at(Role::Router), &[experts, h], &name("mlp.gate"));
-        self.push(
-            at(Role::RouterBias),
-            TensorDesc::new(DType::F32, &[experts]),
-            None,
-            vec![Piece {
-                name: format!("model.layers.{layer}.mlp.gate.e_score_correction_bias"),
-                expert: 0,
-                row: 0,
-            }],
-        );
-        let inner = c.moe_intermediate_size;
-        let piece = |e: usize, part: &str, row| Piece {
-            name: name(&format!("mlp.experts.{e}.{part}_proj")),
-            expert: e,
-            row,
-        };
-        let gate_up =
-            (0..experts).flat_map(|e| [piece(e, "gate", 0), piece(e, "up", inner)]).collect();
-        let down = (0..experts).map(|e| piece(e, "down", 0)).collect();
-        self.stacked(at(Role::ExpertsGateUp), [experts, 2 * inner, h], 2, gate_up);
-        self.stacked(at(Role::ExpertsDown), [experts, h, inner], 1, down);
+        [Role::Router, Role::RouterBias, Role::ExpertsGateUp, Role::ExpertsDown]
+            .into_iter()
+            .for_each(&mut add);
         if c.n_shared_experts > 0 {
-            let inner = c.shared_intermediate_size();
-            self.mlp(at(Role::SharedGateUp), at(Role::SharedDown), inner, "mlp.shared_experts");
+            [Role::SharedGateUp, Role::SharedDown].into_iter().for_each(&mut add);
         }
     }
-
-    fn mlp(&mut self, gate_up: WeightKey, down: WeightKey, inner: usize, prefix: &str) {
-        let h = self.config.hidden_size;
-        let piece = |part: &str, row| Piece {
-            name: format!("model.layers.{}.{prefix}.{part}_proj.weight", gate_up.layer),
-            expert: 0,
-            row,
-        };
-        self.matrix(gate_up, 2 * inner, h, 2, vec![piece("gate", 0), piece("up", inner)]);
-        self.matrix(down, h, inner, 1, vec![piece("down", 0)]);
-    }
-
-    fn quantized(&self) -> bool {
-        self.options.numerics == Numerics::Fp8 && self.config.quantization.is_some()
-    }
-
-    /// A weight that FP8 checkpoints keep in BF16: embedding, head, norms, router, `eh_proj`.
-    fn dense(&mut self, key: WeightKey, shape: &[usize], name: &str) {
-        let desc = TensorDesc::new(self.options.numerics.activations(), shape);
-        self.push(key, desc, None, vec![Piece { name: name.to_string(), expert: 0, row: 0 }]);
-    }
-
-    fn linear(&mut self, key: WeightKey, rows: usize, columns: usize, name: &str) {
-        self.matrix(
-            key,
-            rows,
-            columns,
-            1,
-            vec![Piece { name: name.to_string(), expert: 0, row: 0 }],
-        );
-    }
-
-    fn matrix(
-        &mut self,
-        key: WeightKey,
-        rows: usize,
-        columns: usize,
-        segments: u32,
-        pieces: Vec<Piece>,
-    ) {
-        let grid = BlockGrid { segments, ..BlockGrid::default() };
-        let (dtype, scales) = match self.quantized() {
-            true => {
-                let shape = [grid.scale_rows(rows), grid.scale_columns(columns)];
-                (DType::F8E4M3, Some(TensorDesc::new(DType::F32, &shape)))
-            }
-            false => (self.options.numerics.activations(), None),
-        };
-        self.push(key, TensorDesc::new(dtype, &[rows, columns]), scales, pieces);
-        self.set_grid(grid);
-    }
-
-    fn stacked(&mut self, key: WeightKey, shape: [usize; 3], segments: u32, pieces: Vec<Piece>) {
-        let grid = BlockGrid { segments, ..BlockGrid::default() };
-        let (dtype, scales) = match self.quantized() {
-            true => {
-                let shape = [shape[0], grid.scale_rows(shape[1]), grid.scale_columns(shape[2])];
-                (DType::F8E4M3, Some(TensorDesc::new(DType::F32, &shape)))
-            }
-            false => (self.options.numerics.activations(), None),
-        };
-        self.push(key, TensorDesc::new(dtype, &shape), scales, pieces);
-        self.set_grid(grid);
-    }
-
-    fn set_grid(&mut self, grid: BlockGrid) {
-        if let Some(spec) = self.specs.last_mut() {
-            spec.grid = grid;
-        }
-    }
-
-    fn push(
-        &mut self,
-        key: WeightKey,
-        desc: TensorDesc,
-        scales: Option<TensorDesc>,
-        pieces: Vec<Piece>,
-    ) {
-        self.specs.push(WeightSpec { key, desc, scales, grid: BlockGrid::default(), pieces });
-    }
+    keys
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::Preset;
+    use crate::plan::{ParallelOptions, ParallelPlan};
+
+    const OPTIONS: PlanOptions =
+        PlanOptions { numerics: Numerics::Fp8, mtp: false, positions: 1 };
 
     #[test]
     fn v3_in_fp8_has_the_published_size() {
         let config = Preset::DeepSeekV3.config();
-        let options = PlanOptions { numerics: Numerics::Fp8, mtp: false, positions: 1 };
-        let specs = plan(&config, options);
-        let bytes: u64 = specs.iter().map(WeightSpec::bytes).sum();
-        let copies: u64 = specs
+        let plan = plan(&config, &RankPlan::single(&config), OPTIONS);
+        let copies: u64 = plan
+            .specs
             .iter()
             .filter(|s| matches!(s.key.role, Role::KvBAbsorbed | Role::RopeTable))
             .map(WeightSpec::bytes)
             .sum();
         // The checkpoint's own count (main model), plus what the device holds besides.
-        assert_eq!(bytes - copies, 673_150_611_808);
-        let mut keys: Vec<_> = specs.iter().map(|s| s.key).collect();
-        keys.sort_unstable();
-        keys.dedup();
-        assert_eq!(keys.len(), specs.len(), "each weight once");
+        assert_eq!(plan.bytes() - copies, 673_150_611_808);
+        assert_eq!(plan.index.len(), plan.specs.len(), "each weight once");
+    }
+
+    /// The elements of each tensor that the ranks hold add up to the tensor, or to it on each rank.
+    #[test]
+    fn ranks_cover_every_tensor_without_gaps() {
+        let config = Preset::DeepSeekV3.config();
+        let base = ParallelOptions::default();
+        for options in [
+            ParallelOptions { tensor: 32, ..base },
+            ParallelOptions { tensor: 3, pipeline: 2, ..base },
+            ParallelOptions { data: 8, expert: true, ..base },
+            ParallelOptions { tensor: 4, data: 2, expert: true, redundant_experts: Some(8), ..base },
+        ] {
+            let plan = ParallelPlan::new(&config, options).unwrap();
+            let mut held: HashMap<String, u64> = HashMap::new();
+            for rank in 0..plan.ranks() {
+                let rank = plan.rank(rank);
+                let data_copies = rank.data.rank > 0 && rank.experts.is_none();
+                for key in keys(&config, &rank, OPTIONS) {
+                    // One layer of each kind is enough, and the layers are alike.
+                    if (key.layer > 0 && key.layer != 40) || data_copies {
+                        continue;
+                    }
+                    for piece in pieces(&config, &rank, OPTIONS, key) {
+                        let columns = piece.columns.as_ref().map_or(1, |c| c.len());
+                        *held.entry(piece.name).or_default() += (piece.rows.len() * columns) as u64;
+                    }
+                }
+            }
+            let moe = "model.layers.40.mlp";
+            let expert = |e: usize| format!("{moe}.experts.{e}.down_proj.weight");
+            let sum = |name: String| held[&name];
+            let q_b = sum("model.layers.40.self_attn.q_b_proj.weight".into());
+            assert_eq!(q_b % (24576 * 1536), 0, "{options:?}");
+            let copies = plan.experts().map_or(1, |p| p.replicas()[0].len());
+            assert_eq!(sum(expert(0)), copies as u64 * 7168 * 2048, "{options:?}");
+            assert_eq!(sum(expert(255)), 7168 * 2048, "{options:?}");
+        }
+    }
+
+    #[test]
+    fn tp32_splits_blocks_in_half_and_keeps_both_scales() {
+        let config = Preset::DeepSeekV3.config();
+        let options = ParallelOptions { tensor: 32, ..ParallelOptions::default() };
+        let parallel = ParallelPlan::new(&config, options).unwrap();
+        let plan = plan(&config, &parallel.rank(1), OPTIONS);
+        let spec = |layer, role| plan.get(WeightKey { layer, role }).unwrap();
+        let up = spec(3, Role::ExpertsGateUp);
+        assert_eq!(up.desc.shape(), [256, 128, 7168]);
+        assert_eq!(up.grid, BlockGrid { row_offset: 64, column_offset: 0, segments: 2 });
+        assert_eq!(up.scales.unwrap().shape(), [256, 2, 56]);
+        let down = spec(0, Role::Down);
+        assert_eq!(down.desc.shape(), [7168, 576]);
+        assert_eq!((down.grid.column_offset, down.scales.unwrap().shape()), (64, &[56, 5][..]));
+        assert_eq!(spec(0, Role::Embedding).desc.shape(), [4040, 7168]);
+        // About 20.1 GB a die (vacc-facts: 20.1 GB of weights at TP32), and kv_b in BF16 besides.
+        let bytes = plan.bytes() as f64;
+        assert!((21e9..23e9).contains(&bytes), "{bytes}");
     }
 }

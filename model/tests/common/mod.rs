@@ -14,9 +14,19 @@ pub(crate) fn tiny_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tiny-dsv3")
 }
 
+pub(crate) fn system(mode: Mode, threads: usize) -> System {
+    let options = Options { mode, threads: Some(threads) };
+    System::new(Machine::named("va16").unwrap(), options).unwrap()
+}
+
 pub(crate) fn device(threads: usize) -> Arc<dyn Device> {
-    let options = Options { mode: Mode::Full, threads: Some(threads) };
-    System::new(Machine::named("va16").unwrap(), options).unwrap().open(DeviceId(0)).unwrap()
+    system(Mode::Full, threads).open(DeviceId(0)).unwrap()
+}
+
+/// The first dies of one machine.
+pub(crate) fn dies(count: usize) -> Vec<Arc<dyn Device>> {
+    let system = system(Mode::Full, 2);
+    (0..count as u32).map(|die| system.open(DeviceId(die)).unwrap()).collect()
 }
 
 pub(crate) fn options(numerics: Numerics) -> EngineOptions {

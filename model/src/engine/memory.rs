@@ -1,0 +1,224 @@
+//! What a plan takes of each die's memory, before anything is loaded.
+
+use super::program::{Module, ProgramKey, micro_batches, plan as plan_program};
+use super::{EngineError, EngineOptions, rank::cached_layers};
+use crate::config::ModelConfig;
+use crate::graph::{Form, Graph, ModelInputs, Source, StepShape, Work};
+use crate::plan::{ParallelPlan, RankPlan};
+use crate::weights::{self, PlanOptions, WeightPlan};
+use serde::Serialize;
+use std::collections::{BTreeMap, HashMap};
+
+/// What an engine takes of a die's memory, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct MemoryPlan {
+    /// Weights.
+    pub weights: u64,
+    /// KV cache.
+    pub cache: u64,
+    /// Scratch, inputs and outputs of the largest step, without what `communication` counts.
+    pub workspace: u64,
+    /// The part of the scratch that collectives send from and receive into, at its most.
+    pub communication: u64,
+}
+
+impl MemoryPlan {
+    /// The sum.
+    pub const fn total(&self) -> u64 {
+        self.weights + self.cache + self.workspace + self.communication
+    }
+}
+
+/// Pages for as many full sequences as one data rank has of those that the options ask for.
+pub(super) fn pages(options: EngineOptions, plan: &ParallelPlan) -> usize {
+    let sequences = options.max_sequences.div_ceil(plan.options().data);
+    sequences * options.max_model_len.div_ceil(options.page_size)
+}
+
+/// Pages of tokens that only fill up batches.
+pub(super) fn padding_pages(options: EngineOptions, plan: &ParallelPlan) -> usize {
+    match plan.experts() {
+        Some(_) => plan.options().tensor.div_ceil(options.page_size),
+        None => 0,
+    }
+}
+
+/// What each rank takes. Ranks of one stage differ by little: by uneven parts, if at all.
+pub fn memory_plan(
+    config: &ModelConfig,
+    plan: &ParallelPlan,
+    options: EngineOptions,
+    mtp: bool,
+) -> Vec<MemoryPlan> {
+    // Ranks whose weights have the same shapes take the same: one of each kind is planned.
+    let mut known: BTreeMap<(usize, u64), MemoryPlan> = BTreeMap::new();
+    (0..plan.ranks())
+        .map(|number| {
+            let rank = plan.rank(number);
+            let weights = weights::plan(config, &rank, plan_options(options, mtp));
+            let kind = (rank.stage.rank, weights.bytes());
+            *known
+                .entry(kind)
+                .or_insert_with(|| of_rank(config, plan, &rank, &weights, options, mtp))
+        })
+        .collect()
+}
+
+pub(super) fn plan_options(options: EngineOptions, mtp: bool) -> PlanOptions {
+    PlanOptions { numerics: options.numerics, mtp, positions: options.max_model_len }
+}
+
+fn of_rank(
+    config: &ModelConfig,
+    plan: &ParallelPlan,
+    rank: &RankPlan,
+    weights: &WeightPlan,
+    options: EngineOptions,
+    mtp: bool,
+) -> MemoryPlan {
+    let layers = cached_layers(rank, config.mtp_layer().filter(|_| mtp)).count();
+    let tokens = (pages(options, plan) + padding_pages(options, plan)) * options.page_size;
+    let width = config.kv_latent_width() * options.numerics.activations().size();
+    let (workspace, communication) = largest_workspace(config, plan, rank, weights, options);
+    MemoryPlan {
+        weights: weights.bytes(),
+        cache: (tokens * layers * width) as u64,
+        workspace,
+        communication,
+    }
+}
+
+/// Bytes of the largest prefill step, a full chunk at the end of the longest context: scratch,
+/// inputs and outputs, and of the scratch what collectives use.
+fn largest_workspace(
+    config: &ModelConfig,
+    plan: &ParallelPlan,
+    rank: &RankPlan,
+    weights: &WeightPlan,
+    options: EngineOptions,
+) -> (u64, u64) {
+    let tokens = options.prefill_chunk.min(options.max_model_len);
+    let split = micro_batches(options.overlap, tokens);
+    let multiple = if rank.splits_tokens() { rank.tensor.size } else { 1 };
+    let tokens = tokens.div_ceil(split).next_multiple_of(multiple);
+    let shape = StepShape {
+        tokens,
+        sequences: 1 + usize::from(multiple > 1),
+        logit_rows: 1,
+        form: Form::Expanded { keys: options.max_model_len.max(tokens) },
+        pages: pages(options, plan) + padding_pages(options, plan),
+        page_size: options.page_size,
+        max_pages: options.max_model_len.div_ceil(options.page_size),
+        vocabulary: config.vocab_size,
+        expert_tokens: tokens * plan.options().data,
+    };
+    let key = ProgramKey { module: Module::Main, shapes: vec![shape; split] };
+    let inputs = ModelInputs { config, numerics: options.numerics, rank, weights };
+    let Some((graph, schedule)) = plan_program(inputs, &key) else { return (0, 0) };
+    let host = graph.values().iter().filter(|v| {
+        matches!(v.source, Source::Output(..) | Source::Input(..))
+    });
+    let communication = communication(&graph).min(schedule.arena.size);
+    let scratch = schedule.arena.size - communication;
+    (scratch + host.map(|v| v.desc.bytes()).sum::<u64>(), communication)
+}
+
+/// The most bytes of scratch that collectives send from or receive into and that live at once.
+fn communication(graph: &Graph) -> u64 {
+    let mut lives: HashMap<_, (usize, usize, bool)> = HashMap::new();
+    graph.visit(|node, _, slot| {
+        if graph.value(slot.value).source == Source::Scratch {
+            let sent = matches!(graph.nodes()[node].work, Work::Collectives { .. });
+            let life = lives.entry(slot.value).or_insert((node, node, false));
+            (life.1, life.2) = (node, life.2 || sent);
+        }
+    });
+    let mut changes: Vec<(usize, i64)> = Vec::new();
+    for (value, (first, last, sent)) in lives {
+        if sent {
+            let bytes = graph.value(value).desc.bytes() as i64;
+            changes.extend([(2 * first, bytes), (2 * last + 1, -bytes)]);
+        }
+    }
+    changes.sort_unstable();
+    let mut live = 0;
+    let peak = changes.iter().map(|(_, change)| {
+        live += change;
+        live
+    });
+    peak.max().unwrap_or(0) as u64
+}
+
+/// The largest context and the most sequences that fit where `options` may not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Fitting {
+    /// The longest sequence, with as many sequences as asked for; 0 if none fits.
+    pub max_model_len: usize,
+    /// The most sequences, each as long as asked for; 0 if none fits.
+    pub max_sequences: usize,
+}
+
+/// Searches for the largest settings that fit `capacity` bytes on every die.
+pub fn fitting(
+    config: &ModelConfig,
+    plan: &ParallelPlan,
+    options: EngineOptions,
+    mtp: bool,
+    capacity: u64,
+) -> Fitting {
+    let fits = |options: EngineOptions| {
+        memory_plan(config, plan, options, mtp).iter().all(|m| m.total() <= capacity)
+    };
+    let page = options.page_size;
+    let with_length =
+        |pages: usize| fits(EngineOptions { max_model_len: pages * page, ..options });
+    let with_sequences =
+        |n: usize| fits(EngineOptions { max_sequences: n * plan.options().data, ..options });
+    Fitting {
+        max_model_len: largest(config.max_position_embeddings / page, with_length) * page,
+        max_sequences: largest(1 << 16, with_sequences) * plan.options().data,
+    }
+}
+
+/// The largest number up to `most` for which `fits` holds, 0 if none; `fits` holds below it.
+fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0, most + 1);
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        if fits(middle) { low = middle } else { high = middle }
+    }
+    low
+}
+
+/// Refuses what does not fit, with the sizes and the largest settings that would.
+pub(super) fn refuse_if_too_large(
+    config: &ModelConfig,
+    plan: &ParallelPlan,
+    options: EngineOptions,
+    mtp: bool,
+    memory: &[MemoryPlan],
+    free: &[(hal::DeviceId, u64)],
+) -> Result<(), EngineError> {
+    let short = memory.iter().zip(free).find(|(m, (_, free))| m.total() > *free);
+    let Some((needed, &(device, capacity))) = short else { return Ok(()) };
+    let least = free.iter().map(|(_, free)| *free).min().unwrap_or(capacity);
+    let fitting = fitting(config, plan, options, mtp, least);
+    let advice = match (fitting.max_model_len, fitting.max_sequences) {
+        (0, _) => "the weights alone need more memory or more dies".to_string(),
+        (tokens, 0) => format!("the longest context that fits is {tokens} tokens"),
+        (tokens, sequences) => format!(
+            "the longest context that fits is {tokens} tokens, or {sequences} sequences of {} tokens",
+            options.max_model_len
+        ),
+    };
+    Err(EngineError::DoesNotFit {
+        device,
+        weights: needed.weights,
+        cache: needed.cache,
+        workspace: needed.workspace + needed.communication,
+        total: needed.total(),
+        capacity,
+        max_model_len: options.max_model_len,
+        advice,
+    })
+}

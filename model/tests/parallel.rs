@@ -1,0 +1,108 @@
+//! Parallel plans against one rank: the same logits within rounding, the same greedy text.
+
+mod common;
+
+use common::{dies, max_difference, options, tiny_dir};
+use model::Numerics;
+use model::checkpoint::Checkpoint;
+use model::engine::{Engine, EngineOptions, GenerationOptions, Overlap, Sequence, Wanted};
+use model::plan::{ParallelOptions, ParallelPlan};
+use model::sampling::SamplingParams;
+use std::path::Path;
+
+const PROMPT: [u32; 10] = [0, 1022, 267, 262, 269, 279, 272, 775, 33, 1023];
+const OTHER: [u32; 13] = [0, 1022, 267, 262, 223, 19, 25, 285, 223, 20, 23, 33, 1023];
+
+fn tp(tensor: usize) -> ParallelOptions {
+    ParallelOptions { tensor, ..ParallelOptions::default() }
+}
+
+fn pp(tensor: usize, pipeline: usize) -> ParallelOptions {
+    ParallelOptions { tensor, pipeline, ..ParallelOptions::default() }
+}
+
+fn load(dir: &Path, parallel: ParallelOptions, options: EngineOptions) -> Engine {
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let plan = ParallelPlan::new(checkpoint.config(), parallel).unwrap();
+    let devices = dies(plan.ranks());
+    Engine::load_on(devices, plan, &checkpoint, options, &mut |_| {}).unwrap()
+}
+
+fn greedy(max_tokens: usize) -> GenerationOptions {
+    GenerationOptions {
+        max_tokens,
+        sampling: SamplingParams::greedy(),
+        stop_ids: vec![1],
+        ignore_eos: false,
+        allowed: None,
+    }
+}
+
+/// Everything that a plan may not change: logits of a prompt in pieces, MTP logits, greedy text, and
+/// logits of a batch that decodes.
+struct Outcome {
+    logits: Vec<f32>,
+    mtp: Option<Vec<f32>>,
+    text: Vec<u32>,
+    decoded: Vec<f32>,
+}
+
+fn outcome(engine: &mut Engine, prompts: [&[u32]; 2]) -> Outcome {
+    let (logits, mtp) = engine.all_logits(prompts[1]).unwrap();
+    let text = engine.generate(prompts[0], &greedy(12), &mut |_| {}).unwrap().token_ids;
+    let mut sequences: Vec<Sequence> = (0..3).map(|_| engine.start()).collect();
+    for (sequence, prompt) in sequences.iter_mut().zip([prompts[0], prompts[1], prompts[0]]) {
+        engine.prefill(sequence, prompt, Wanted::Nothing).unwrap();
+    }
+    let mut decoded = Vec::new();
+    for token in [5, 6] {
+        let mut batch: Vec<(&mut Sequence, u32)> =
+            sequences.iter_mut().enumerate().map(|(i, s)| (s, token + i as u32)).collect();
+        decoded.extend(engine.decode(&mut batch, Wanted::LastLogits).unwrap().logits);
+    }
+    sequences.into_iter().for_each(|s| engine.end(s));
+    Outcome { logits, mtp, text, decoded }
+}
+
+fn check(dir: &Path, plans: &[ParallelOptions], base: EngineOptions, prompts: [&[u32]; 2]) {
+    let base = EngineOptions { max_sequences: 3, prefill_chunk: 7, page_size: 16, ..base };
+    let expected = outcome(&mut load(dir, ParallelOptions::default(), base), prompts);
+    for &plan in plans {
+        for overlap in [Overlap::None, Overlap::TwoBatch] {
+            let mut engine = load(dir, plan, EngineOptions { overlap, ..base });
+            let found = outcome(&mut engine, prompts);
+            let name = format!("{} {plan:?} {overlap:?}", dir.display());
+            for (what, a, b) in [
+                ("logits", Some(&expected.logits), Some(&found.logits)),
+                ("MTP logits", expected.mtp.as_ref(), found.mtp.as_ref()),
+                ("decoded", Some(&expected.decoded), Some(&found.decoded)),
+            ] {
+                assert_eq!(a.is_some(), b.is_some(), "{name}: {what}");
+                if let (Some(a), Some(b)) = (a, b) {
+                    let difference = max_difference(a, b);
+                    assert!(difference <= 1e-4, "{name}: {what} differ by {difference}");
+                }
+            }
+            assert_eq!(found.text, expected.text, "{name}");
+        }
+    }
+}
+
+#[test]
+fn debug_tp3() {
+    let base = EngineOptions { max_sequences: 3, prefill_chunk: 7, page_size: 16, ..options(Numerics::F32) };
+    let a = outcome(&mut load(&tiny_dir(), tp(1), base), [&PROMPT, &OTHER]);
+    for run in 0..4 {
+        for overlap in [Overlap::None, Overlap::TwoBatch] {
+            let b = outcome(&mut load(&tiny_dir(), tp(3), EngineOptions { overlap, ..base }), [&PROMPT, &OTHER]);
+            let diffs: Vec<f32> = a.decoded.chunks(1024).zip(b.decoded.chunks(1024)).map(|(x, y)| max_difference(x, y)).collect();
+            println!("{run} {overlap:?} {diffs:?}");
+        }
+    }
+}
+
+#[test]
+fn tensor_and_pipeline_ranks_agree_with_one_in_f32() {
+    let plans = [tp(2), tp(4), tp(8), tp(16), tp(32), tp(3), pp(1, 2), pp(1, 4), pp(4, 2)];
+    check(&tiny_dir(), &plans, options(Numerics::F32), [&PROMPT, &OTHER]);
+}
