@@ -1,8 +1,10 @@
 //! Collectives: commands that ranks of a communicator run together.
 
+use crate::op::Access;
 use crate::{DType, DeviceId, Operand, Result, Tensor};
 use serde::{Deserialize, Serialize};
 use std::any::Any;
+use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 
@@ -39,6 +41,8 @@ pub enum CollectiveKind {
     ReduceScatter,
     /// `MPI_Alltoallv`
     AllToAll,
+    /// `MPI_Alltoallv` with counts in device memory.
+    AllToAllV,
     /// `ncclBroadcast`
     Broadcast,
     /// `ncclSend`
@@ -55,6 +59,7 @@ impl CollectiveKind {
             CollectiveKind::AllGather => "all_gather",
             CollectiveKind::ReduceScatter => "reduce_scatter",
             CollectiveKind::AllToAll => "all_to_all",
+            CollectiveKind::AllToAllV => "all_to_all_v",
             CollectiveKind::Broadcast => "broadcast",
             CollectiveKind::Send => "send",
             CollectiveKind::Recv => "recv",
@@ -111,6 +116,29 @@ pub enum Collective<T = Tensor> {
         /// Elements for and from each peer, zero allowed; `None` cuts both tensors in equal parts.
         counts: Option<Arc<PeerCounts>>,
     },
+    /// Rows `send_offsets[p]..send_offsets[p + 1]` of `send` go to rank `p`. `recv` gets the parts
+    /// from rank 0, 1, … one after the other, without gaps; its rows beyond are left as they are.
+    /// Not in place.
+    ///
+    /// The offsets are values in device memory, read when the collective runs: what an op
+    /// ([`crate::op::MoeDispatch`]) has counted goes out without the host (DeepEP's dispatch and
+    /// combine; `MPI_Alltoallv` otherwise). Offsets that do not ascend from 0 to at most R, and
+    /// more rows than C, are data errors; ranks whose W or dtype differ are told so.
+    #[doc(alias = "MPI_Alltoallv")]
+    AllToAllV {
+        /// `[R, W]`, any dtype: the rows for rank 0, 1, … one after the other.
+        send: T,
+        /// `[C, W]`, as `send`.
+        recv: T,
+        /// `[size + 1]`, I32. Collectives of one batch may share it.
+        send_offsets: T,
+        /// `[size + 1]`, I32, written: where each rank's rows begin in `recv`; the last is the
+        /// number of rows received. It serves as `send_offsets` on the way back.
+        recv_offsets: Option<T>,
+        /// Rows that one rank is expected to send in all, itself included: what a time model
+        /// takes where no values exist.
+        expected_rows: u32,
+    },
     /// Every rank gets `root`'s `tensor`.
     #[doc(alias = "ncclBroadcast")]
     Broadcast {
@@ -154,19 +182,22 @@ impl<T> Collective<T> {
             Collective::AllGather { .. } => CollectiveKind::AllGather,
             Collective::ReduceScatter { .. } => CollectiveKind::ReduceScatter,
             Collective::AllToAll { .. } => CollectiveKind::AllToAll,
+            Collective::AllToAllV { .. } => CollectiveKind::AllToAllV,
             Collective::Broadcast { .. } => CollectiveKind::Broadcast,
             Collective::Send { .. } => CollectiveKind::Send,
             Collective::Recv { .. } => CollectiveKind::Recv,
         }
     }
 
-    /// What this rank reads and what it writes. `rank` decides for a broadcast.
+    /// The data that this rank sends and receives. `rank` decides for a broadcast. Not all that it
+    /// touches: see [`Collective::visit`].
     pub fn tensors(&self, rank: usize) -> (Option<&T>, Option<&T>) {
         match self {
             Collective::AllReduce { send, recv, .. }
             | Collective::AllGather { send, recv }
             | Collective::ReduceScatter { send, recv, .. }
-            | Collective::AllToAll { send, recv, .. } => (Some(send), Some(recv)),
+            | Collective::AllToAll { send, recv, .. }
+            | Collective::AllToAllV { send, recv, .. } => (Some(send), Some(recv)),
             Collective::Broadcast { tensor, root } if *root == rank => (Some(tensor), None),
             Collective::Broadcast { tensor, .. } => (None, Some(tensor)),
             Collective::Send { tensor, .. } => (Some(tensor), None),
@@ -174,31 +205,70 @@ impl<T> Collective<T> {
         }
     }
 
-    /// The same collective over other operands.
-    pub fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> Collective<U> {
-        match self {
-            Collective::AllReduce { send, recv, reduction } => {
-                Collective::AllReduce { send: f(send), recv: f(recv), reduction: *reduction }
-            }
-            Collective::AllGather { send, recv } => {
-                Collective::AllGather { send: f(send), recv: f(recv) }
-            }
-            Collective::ReduceScatter { send, recv, reduction } => {
-                Collective::ReduceScatter { send: f(send), recv: f(recv), reduction: *reduction }
-            }
-            Collective::AllToAll { send, recv, counts } => {
-                Collective::AllToAll { send: f(send), recv: f(recv), counts: counts.clone() }
-            }
-            Collective::Broadcast { tensor, root } => {
-                Collective::Broadcast { tensor: f(tensor), root: *root }
-            }
-            Collective::Send { tensor, peer } => {
-                Collective::Send { tensor: f(tensor), peer: *peer }
-            }
-            Collective::Recv { tensor, peer } => {
-                Collective::Recv { tensor: f(tensor), peer: *peer }
+    /// Calls `f` with the name, the access and the value of each tensor that this rank touches.
+    pub fn visit<'a>(&'a self, rank: usize, mut f: impl FnMut(&'static str, Access, &'a T)) {
+        let (send, recv) = self.tensors(rank);
+        if let Some(send) = send {
+            f("send", Access::Read, send);
+        }
+        if let Some(recv) = recv {
+            f("recv", Access::Write, recv);
+        }
+        if let Collective::AllToAllV { send_offsets, recv_offsets, .. } = self {
+            f("send_offsets", Access::Read, send_offsets);
+            if let Some(recv_offsets) = recv_offsets {
+                f("recv_offsets", Access::Write, recv_offsets);
             }
         }
+    }
+
+    /// The same collective over other operands.
+    pub fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> Collective<U> {
+        let Ok(collective) = self.try_map(|operand| Ok::<_, Infallible>(f(operand)));
+        collective
+    }
+
+    /// The same collective over other operands.
+    ///
+    /// # Errors
+    ///
+    /// The first error of `f`.
+    pub fn try_map<U, E>(
+        &self,
+        mut f: impl FnMut(&T) -> std::result::Result<U, E>,
+    ) -> std::result::Result<Collective<U>, E> {
+        Ok(match self {
+            Collective::AllReduce { send, recv, reduction } => {
+                Collective::AllReduce { send: f(send)?, recv: f(recv)?, reduction: *reduction }
+            }
+            Collective::AllGather { send, recv } => {
+                Collective::AllGather { send: f(send)?, recv: f(recv)? }
+            }
+            Collective::ReduceScatter { send, recv, reduction } => {
+                Collective::ReduceScatter { send: f(send)?, recv: f(recv)?, reduction: *reduction }
+            }
+            Collective::AllToAll { send, recv, counts } => {
+                Collective::AllToAll { send: f(send)?, recv: f(recv)?, counts: counts.clone() }
+            }
+            Collective::AllToAllV { send, recv, send_offsets, recv_offsets, expected_rows } => {
+                Collective::AllToAllV {
+                    send: f(send)?,
+                    recv: f(recv)?,
+                    send_offsets: f(send_offsets)?,
+                    recv_offsets: recv_offsets.as_ref().map(&mut f).transpose()?,
+                    expected_rows: *expected_rows,
+                }
+            }
+            Collective::Broadcast { tensor, root } => {
+                Collective::Broadcast { tensor: f(tensor)?, root: *root }
+            }
+            Collective::Send { tensor, peer } => {
+                Collective::Send { tensor: f(tensor)?, peer: *peer }
+            }
+            Collective::Recv { tensor, peer } => {
+                Collective::Recv { tensor: f(tensor)?, peer: *peer }
+            }
+        })
     }
 }
 
@@ -210,6 +280,7 @@ impl<T: Operand> Collective<T> {
             | Collective::AllGather { send: t, .. }
             | Collective::ReduceScatter { send: t, .. }
             | Collective::AllToAll { send: t, .. }
+            | Collective::AllToAllV { send: t, .. }
             | Collective::Broadcast { tensor: t, .. }
             | Collective::Send { tensor: t, .. }
             | Collective::Recv { tensor: t, .. } => t.desc().dtype(),
@@ -246,12 +317,16 @@ fn check_one(collective: &Collective, rank: usize, size: usize) -> std::result::
         true => Ok(()),
         false => Err(format!("rank {peer} of {size} does not exist")),
     };
-    let (send, recv) = collective.tensors(rank);
-    for tensor in [send, recv].into_iter().flatten() {
+    let mut gaps = None;
+    collective.visit(rank, |_, _, tensor| {
         if !tensor.desc().is_contiguous() {
-            return Err(format!("{:?} has gaps", tensor.desc()));
+            gaps = gaps.or(Some(*tensor.desc()));
         }
+    });
+    if let Some(desc) = gaps {
+        return Err(format!("{desc:?} has gaps"));
     }
+    let (send, recv) = collective.tensors(rank);
     if let (Some(send), Some(recv)) = (send, recv)
         && send.desc().dtype() != recv.desc().dtype()
     {
@@ -276,6 +351,20 @@ fn check_one(collective: &Collective, rank: usize, size: usize) -> std::result::
                 return Err(format!("{} elements are not {size} equal parts", count(send)));
             }
         }
+        Collective::AllToAllV { send, recv, send_offsets, recv_offsets, .. } => {
+            let (from, to) = (send.desc(), recv.desc());
+            if from.rank() != 2 || to.rank() != 2 || from.dim(1) != to.dim(1) {
+                return Err(format!("send {from:?} and recv {to:?} are not rows of one width"));
+            }
+            let offsets =
+                [("send_offsets", Some(send_offsets)), ("recv_offsets", recv_offsets.as_ref())];
+            for (name, desc) in offsets.into_iter().filter_map(|(n, t)| Some((n, t?.desc()))) {
+                if desc.dtype() != DType::I32 || desc.shape() != [size as u32 + 1] {
+                    return Err(format!("{name} is {desc:?}, expected i32[{}]", size + 1));
+                }
+            }
+            disjoint(collective, rank)?;
+        }
         Collective::Broadcast { root, .. } => exists(*root)?,
         Collective::Send { peer, .. } | Collective::Recv { peer, .. } => exists(*peer)?,
     }
@@ -284,6 +373,22 @@ fn check_one(collective: &Collective, rank: usize, size: usize) -> std::result::
     let dtype = collective.dtype();
     if reduces && !matches!(dtype, DType::F32 | DType::Bf16 | DType::I32) {
         return Err(format!("{dtype} cannot be reduced"));
+    }
+    Ok(())
+}
+
+/// Refuses a written tensor that shares bytes with another.
+fn disjoint(collective: &Collective, rank: usize) -> std::result::Result<(), String> {
+    let mut all = Vec::new();
+    collective.visit(rank, |name, access, tensor| all.push((name, access, tensor)));
+    for (i, (written, _, a)) in all.iter().enumerate().filter(|(_, t)| t.1.writes()) {
+        for (j, (other, _, b)) in all.iter().enumerate() {
+            let (from, to) =
+                (a.offset().max(b.offset()), |t: &Tensor| t.offset().saturating_add(t.desc().extent()));
+            if i != j && a.buffer().id() == b.buffer().id() && from < to(a).min(to(b)) {
+                return Err(format!("{written} overlaps {other}"));
+            }
+        }
     }
     Ok(())
 }

@@ -30,6 +30,7 @@ pub fn check(op: &Op<TensorDesc>) -> Result<(), String> {
             is("q", &o.q, DType::F8E4M3, &[t, k])?;
             let grid = BlockGrid { column_offset: o.column_offset, ..BlockGrid::default() };
             offset("column_offset", o.column_offset)?;
+            row_offsets(&o.row_offsets)?;
             is("scales", &o.scales, DType::F32, &[t, grid.scale_columns(k)])
         }
         Op::Dequantize(o) => {
@@ -122,6 +123,7 @@ pub fn check(op: &Op<TensorDesc>) -> Result<(), String> {
             if wide % 2 != 0 {
                 return Err(format!("x {:?} does not split into gate and up", o.x));
             }
+            row_offsets(&o.row_offsets)?;
             is("out", &o.out, o.x.dtype(), &[t, wide / 2])
         }
         Op::Gate(o) => {
@@ -136,6 +138,33 @@ pub fn check(op: &Op<TensorDesc>) -> Result<(), String> {
             }
             within("experts per token", k, kept * (e / groups))
         }
+        Op::MoeDispatch(o) => {
+            let (t, h) = matrix("x", &o.x, MATRIX)?;
+            let (_, k) = matrix("experts", &o.experts, &[DType::I32])?;
+            is("experts", &o.experts, DType::I32, &[t, k])?;
+            is("weights", &o.weights, DType::F32, &[t, k])?;
+            row_offsets(&o.row_offsets)?;
+            let (r, _) = matrix("out", &o.out, MATRIX)?;
+            is("out", &o.out, o.x.dtype(), &[r, h])?;
+            moving_scales(&o.x_scales, t, &o.out_scales, r)?;
+            is("out_experts", &o.out_experts, DType::I32, &[r, k])?;
+            is("out_weights", &o.out_weights, DType::F32, &[r, k])?;
+            is("rows", &o.rows, DType::I32, &[t, k])?;
+            let [starts] = shape("offsets", &o.offsets, &[DType::I32])?;
+            let destinations = starts.checked_sub(1).ok_or("offsets is empty")?;
+            if o.experts_per_destination == 0 {
+                return Err("experts_per_destination is 0".into());
+            }
+            let experts = o.total_experts as usize;
+            let physical = destinations * o.experts_per_destination as usize;
+            match &o.replicas {
+                Some(replicas) => {
+                    let (_, most) = matrix("replicas", replicas, &[DType::I32])?;
+                    is("replicas", replicas, DType::I32, &[experts, most])
+                }
+                None => within("experts", experts, physical),
+            }
+        }
         Op::MoePermute(o) => {
             let (t, h) = matrix("x", &o.x, MATRIX)?;
             let [_, k] = shape("experts", &o.experts, &[DType::I32])?;
@@ -143,15 +172,8 @@ pub fn check(op: &Op<TensorDesc>) -> Result<(), String> {
             let (r, _) = matrix("out", &o.out, MATRIX)?;
             is("out", &o.out, o.x.dtype(), &[r, h])?;
             is("rows", &o.rows, DType::I32, &[t, k])?;
-            match (&o.x_scales, &o.out_scales) {
-                (None, None) => {}
-                (Some(from), Some(to)) => {
-                    let (_, groups) = matrix("x_scales", from, &[DType::F32])?;
-                    is("x_scales", from, DType::F32, &[t, groups])?;
-                    is("out_scales", to, DType::F32, &[r, groups])?;
-                }
-                _ => return Err("x_scales and out_scales come together or not at all".into()),
-            }
+            row_offsets(&o.row_offsets)?;
+            moving_scales(&o.x_scales, t, &o.out_scales, r)?;
             let [starts] = shape("offsets", &o.offsets, &[DType::I32])?;
             let local = starts.checked_sub(1).ok_or("offsets is empty")?;
             within("local experts", o.first_expert as usize + local, o.total_experts as usize)
@@ -159,7 +181,8 @@ pub fn check(op: &Op<TensorDesc>) -> Result<(), String> {
         Op::MoeCombine(o) => {
             let (_, h) = matrix("y", &o.y, FLOAT)?;
             let (t, k) = matrix("rows", &o.rows, &[DType::I32])?;
-            is("weights", &o.weights, DType::F32, &[t, k])?;
+            maybe("weights", &o.weights, DType::F32, &[t, k])?;
+            row_offsets(&o.row_offsets)?;
             maybe("base", &o.base, o.y.dtype(), &[t, h])?;
             is("out", &o.out, o.y.dtype(), &[t, h])
         }
@@ -263,6 +286,33 @@ fn offset(name: &str, value: u32) -> Result<(), String> {
         return Ok(());
     }
     Err(format!("{name} {value} is not inside one block of {FP8_BLOCK}"))
+}
+
+/// The offsets whose last element says how many rows count.
+fn row_offsets(desc: &Option<TensorDesc>) -> Result<(), String> {
+    let Some(desc) = desc else { return Ok(()) };
+    match shape("row_offsets", desc, &[DType::I32])? {
+        [0] => Err("row_offsets is empty".into()),
+        [_] => Ok(()),
+    }
+}
+
+/// Scales that move with the rows of `x` from T to R rows.
+fn moving_scales(
+    from: &Option<TensorDesc>,
+    t: usize,
+    to: &Option<TensorDesc>,
+    r: usize,
+) -> Result<(), String> {
+    match (from, to) {
+        (None, None) => Ok(()),
+        (Some(from), Some(to)) => {
+            let (_, groups) = matrix("x_scales", from, &[DType::F32])?;
+            is("x_scales", from, DType::F32, &[t, groups])?;
+            is("out_scales", to, DType::F32, &[r, groups])
+        }
+        _ => Err("x_scales and out_scales come together or not at all".into()),
+    }
 }
 
 fn limit(limit: u32, columns: usize) -> Result<(), String> {

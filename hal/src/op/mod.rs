@@ -320,12 +320,17 @@ ops! {
         Write q,
         /// `[T, groups]`, F32.
         Write scales,
+        /// `[n + 1]`, I32: rows from its last element on are left as they are. More than T is a
+        /// data error.
+        MaybeRead row_offsets,
         ;
         /// Columns of the first group that lie before `x`, so that groups line up with the blocks
         /// of a weight whose slice begins inside one.
         column_offset: u32,
         /// How scales are rounded.
         scale_format: ScaleFormat,
+        /// Rows expected to count where `row_offsets` is present, for cost models; 0 for all.
+        expected_rows: u32,
     }
 
     /// Block dequantisation of a weight: `out = w · scale` in FP32, rounded once.
@@ -484,6 +489,12 @@ ops! {
         Read x,
         /// `[T, I]`, as `x`.
         Write out,
+        /// `[n + 1]`, I32: rows from its last element on are left as they are. More than T is a
+        /// data error.
+        MaybeRead row_offsets,
+        ;
+        /// Rows expected to count where `row_offsets` is present, for cost models; 0 for all.
+        expected_rows: u32,
     }
 
     /// The router (DeepSeek-V3 report, section 2.1.2; `noaux_tc`): `s = sigmoid(logits)`; a
@@ -511,14 +522,69 @@ ops! {
         scale: f32,
     }
 
+    /// The sending half of expert parallelism: one row for each destination (a rank, or a node of
+    /// ranks) that holds at least one of a token's experts, so that a token crosses each link once
+    /// however many of its experts live behind it (DeepEP's dispatch layout; DeepSeek-V3 report,
+    /// section 3.2). `offsets` are those of [`crate::Collective::AllToAllV`].
+    ///
+    /// Expert `e` lives on destination `e / experts_per_destination`. Rows come by destination,
+    /// then by token. Rows of the outputs from `offsets[D]` on are left as they are. Two hops, to a
+    /// node and then to a rank of it, are two of these.
+    MoeDispatch = "moe_dispatch" {
+        /// `[T, H]`: F32, BF16 or F8_E4M3.
+        Read x,
+        /// `[T, groups]`, F32: moves with `x`.
+        MaybeRead x_scales,
+        /// `[T, k]`, I32; negative: no expert.
+        Read experts,
+        /// `[T, k]`, F32.
+        Read weights,
+        /// `[total_experts, c]`, I32: the physical experts that stand for each logical one: those
+        /// present first, then -1. Token `t` takes number `(t + replica_offset) mod n` of the `n`
+        /// present. Absent: `experts` are physical already.
+        MaybeRead replicas,
+        /// `[n + 1]`, I32: only tokens before its last element are sent; `rows` of the others are
+        /// -1. More than T is a data error.
+        MaybeRead row_offsets,
+        /// `[R, H]`, as `x`. More rows than R are a data error; `T * min(k, D)` always suffice.
+        Write out,
+        /// `[R, groups]`, F32.
+        MaybeWrite out_scales,
+        /// `[R, k]`, I32: each slot's expert, counted from the destination's first; -1 for a slot
+        /// whose expert lives elsewhere.
+        Write out_experts,
+        /// `[R, k]`, F32: the token's weights, all of them.
+        Write out_weights,
+        /// `[D + 1]`, I32: where each destination's rows begin; the last is the number of rows.
+        Write offsets,
+        /// `[T, k]`, I32: the row for the first slot that goes to its destination; -1 for later
+        /// slots of the token with the same one, and where there is no expert. [`MoeCombine`] with
+        /// it, without weights, adds up what comes back.
+        Write rows,
+        ;
+        /// Experts on each destination.
+        experts_per_destination: u32,
+        /// Experts in all, as `experts` numbers them. A number outside is a data error.
+        total_experts: u32,
+        /// Added to a token's number where a replica is chosen, so that ranks do not all choose
+        /// the same.
+        replica_offset: u32,
+        /// Rows of `out` expected to be written, for cost models; 0 for all R.
+        expected_rows: u32,
+    }
+
     /// Sorts token copies by expert: for each expert in turn, the tokens that chose it, in order.
+    /// Rows of `out` beyond the copies are left as they are.
     MoePermute = "moe_permute" {
         /// `[T, H]`: F32, BF16 or F8_E4M3.
         Read x,
         /// `[T, groups]`, F32: moves with `x`.
         MaybeRead x_scales,
-        /// `[T, k]`, I32: global expert numbers.
+        /// `[T, k]`, I32: global expert numbers; negative: no expert.
         Read experts,
+        /// `[n + 1]`, I32: only tokens before its last element are copied; `rows` of the others are
+        /// -1. More than T is a data error.
+        MaybeRead row_offsets,
         /// `[R, H]`, as `x`; R is at least the number of copies kept, at most `T·k`.
         Write out,
         /// `[R, groups]`, F32.
@@ -530,23 +596,32 @@ ops! {
         ;
         /// The first local expert; E local experts follow from the length of `offsets`.
         first_expert: u32,
-        /// Experts in all. A number outside is a data error.
+        /// Experts in all. A number beyond is a data error.
         total_experts: u32,
+        /// Rows of `out` expected to be written, for cost models; 0 for all R.
+        expected_rows: u32,
     }
 
     /// `out[t] = base[t] + Σ_j weights[t, j] · y[rows[t, j]]`, summed in FP32 in the order of `j`,
-    /// the base last, and rounded once.
+    /// the base last, and rounded once. Without weights each row counts once.
     MoeCombine = "moe_combine" {
         /// `[R, H]`, F32 or BF16.
         Read y,
-        /// `[T, k]`, I32, from [`MoePermute`]; negative rows add nothing.
+        /// `[T, k]`, I32, from [`MoePermute`] or [`MoeDispatch`]; negative rows add nothing.
         Read rows,
-        /// `[T, k]`, F32.
-        Read weights,
+        /// `[T, k]`, F32; absent: 1.
+        MaybeRead weights,
         /// `[T, H]`, as `y`: the shared expert's output.
         MaybeRead base,
+        /// `[n + 1]`, I32: output rows from its last element on are left as they are. More than T
+        /// is a data error.
+        MaybeRead row_offsets,
         /// `[T, H]`, as `y`.
         Write out,
+        ;
+        /// Output rows expected to count where `row_offsets` is present, for cost models; 0 for
+        /// all.
+        expected_rows: u32,
     }
 
     /// `out = a + b`. `out` may be `a` or `b`.

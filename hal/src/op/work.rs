@@ -137,18 +137,53 @@ pub fn work(op: &Op<TensorDesc>, routing: Option<Routing>) -> Work {
             work.vector_ops = 3 * elements(&o.x);
         }
         Op::RmsNorm(o) => work.vector_ops = 4 * elements(&o.x),
-        Op::Quantize(o) => work.vector_ops = 4 * elements(&o.x),
+        Op::Quantize(o) => {
+            let rows = counted(&o.row_offsets, o.expected_rows, &o.x);
+            work.vector_ops = 4 * rows * last(&o.x);
+            work.read_bytes = rows_of(&o.x, rows) + bytes_of(&o.row_offsets);
+            work.write_bytes = rows_of(&o.q, rows) + rows_of(&o.scales, rows);
+        }
         Op::Dequantize(o) => work.vector_ops = 2 * elements(&o.w),
-        Op::SwiGlu(o) => work.vector_ops = 8 * elements(&o.out),
+        Op::SwiGlu(o) => {
+            let rows = counted(&o.row_offsets, o.expected_rows, &o.x);
+            work.vector_ops = 8 * rows * last(&o.out);
+            work.read_bytes = rows_of(&o.x, rows) + bytes_of(&o.row_offsets);
+            work.write_bytes = rows_of(&o.out, rows);
+        }
         Op::Gate(o) => work.vector_ops = 16 * elements(&o.logits),
+        Op::MoeDispatch(o) => {
+            let rows = expected(o.expected_rows, &o.out);
+            let moved = rows_of(&o.out, rows)
+                + o.out_scales.map_or(0, |s| rows_of(&s, rows))
+                + rows_of(&o.out_weights, rows);
+            work.read_bytes =
+                moved + o.experts.bytes() + bytes_of(&o.replicas) + bytes_of(&o.row_offsets);
+            work.write_bytes =
+                moved + rows_of(&o.out_experts, rows) + o.offsets.bytes() + o.rows.bytes();
+            work.vector_ops = elements(&o.experts) + rows * last(&o.out_experts);
+        }
         Op::MoePermute(o) => {
-            work.read_bytes = o.out.bytes() + o.experts.bytes();
-            work.vector_ops = elements(&o.experts);
+            // The copies that are expected, and the same share of the tokens that may be there.
+            let rows = expected(o.expected_rows, &o.out);
+            let share = |desc: &TensorDesc| {
+                let (part, all) = (u128::from(rows), o.out.dim(0).max(1) as u128);
+                (u128::from(desc.bytes()) * part / all) as u64
+            };
+            let scales = o.out_scales.map_or(0, |s| rows_of(&s, rows));
+            work.read_bytes = rows_of(&o.out, rows) + share(&o.experts) + bytes_of(&o.row_offsets);
+            work.write_bytes = rows_of(&o.out, rows) + scales + o.offsets.bytes() + share(&o.rows);
+            work.vector_ops = share(&o.experts) / 4;
         }
         Op::MoeCombine(o) => {
-            work.vector_ops = 2 * elements(&o.rows) * last(&o.y);
-            work.read_bytes =
-                elements(&o.rows) * (last(&o.y) * size(&o.y) + 8) + o.base.map_or(0, |b| b.bytes());
+            let rows = counted(&o.row_offsets, o.expected_rows, &o.out);
+            let copies = rows * last(&o.rows);
+            // A row number for each copy, and a weight.
+            let told = 4 + u64::from(o.weights.is_some()) * 4;
+            work.vector_ops = 2 * copies * last(&o.y);
+            work.read_bytes = copies * (last(&o.y) * size(&o.y) + told)
+                + o.base.map_or(0, |b| rows_of(&b, rows))
+                + bytes_of(&o.row_offsets);
+            work.write_bytes = rows_of(&o.out, rows);
         }
         Op::Add(o) => work.vector_ops = elements(&o.out),
         Op::Cast(o) => work.vector_ops = elements(&o.out),
@@ -157,6 +192,26 @@ pub fn work(op: &Op<TensorDesc>, routing: Option<Routing>) -> Work {
         Op::TopK(o) => work.vector_ops = 2 * elements(&o.x),
     }
     work
+}
+
+/// Rows that are expected of a tensor that has room for more; 0 stands for all.
+fn expected(rows: u32, room: &TensorDesc) -> u64 {
+    let all = room.dim(0) as u64;
+    if rows == 0 { all } else { all.min(u64::from(rows)) }
+}
+
+/// Rows of a tensor that are expected to count.
+fn counted(row_offsets: &Option<TensorDesc>, rows: u32, of: &TensorDesc) -> u64 {
+    if row_offsets.is_some() { expected(rows, of) } else { of.dim(0) as u64 }
+}
+
+/// Bytes of this many rows of a matrix.
+fn rows_of(desc: &TensorDesc, rows: u64) -> u64 {
+    desc.bytes() / (desc.dim(0) as u64).max(1) * rows
+}
+
+fn bytes_of(desc: &Option<TensorDesc>) -> u64 {
+    desc.map_or(0, |desc| desc.bytes())
 }
 
 #[cfg(test)]
@@ -178,6 +233,48 @@ mod tests {
         assert_eq!(Routing::uniform(1, 8, 256), Routing { rows: 8, active_experts: 8 });
         assert_eq!(Routing::uniform(4096, 8, 256).active_experts, 256);
         assert_eq!(Routing::uniform(32, 8, 256).active_experts, 163);
+    }
+
+    #[test]
+    fn only_the_expected_rows_count() {
+        let i = |shape: &[usize]| TensorDesc::new(DType::I32, shape);
+        let f = |shape: &[usize]| TensorDesc::new(DType::F32, shape);
+        let swiglu = |rows, row_offsets, expected_rows| {
+            let (x, out) = (f(&[rows, 8]), f(&[rows, 4]));
+            super::work(&SwiGlu { x, out, row_offsets, expected_rows }.into(), None)
+        };
+        let offsets = Some(i(&[3]));
+        let (part, whole) = (swiglu(100, offsets, 10), swiglu(10, None, 0));
+        assert_eq!(part.vector_ops, whole.vector_ops);
+        assert_eq!(part.bytes(), whole.bytes() + 12, "the offsets are read besides");
+        assert_eq!(swiglu(10, None, 3), whole, "nothing says that rows do not count");
+        assert_eq!(swiglu(10, offsets, 0).vector_ops, whole.vector_ops);
+        assert_eq!(swiglu(10, offsets, 99).vector_ops, whole.vector_ops);
+        let dispatch = |room: usize, expected_rows| {
+            let op = MoeDispatch {
+                x: f(&[4, 16]),
+                x_scales: None,
+                experts: i(&[4, 2]),
+                weights: f(&[4, 2]),
+                replicas: None,
+                row_offsets: None,
+                out: f(&[room, 16]),
+                out_scales: None,
+                out_experts: i(&[room, 2]),
+                out_weights: f(&[room, 2]),
+                offsets: i(&[3]),
+                rows: i(&[4, 2]),
+                experts_per_destination: 2,
+                total_experts: 4,
+                replica_offset: 0,
+                expected_rows,
+            };
+            super::work(&op.into(), None)
+        };
+        assert_eq!(dispatch(1000, 5), dispatch(5, 0));
+        // 5 rows of 16 and their weights both ways, 5 rows of experts, experts, offsets and rows.
+        let expected = 2 * 5 * (16 + 2) * 4 + 5 * 2 * 4 + 4 * 2 * 4 + 3 * 4 + 4 * 2 * 4;
+        assert_eq!(dispatch(5, 0).bytes(), expected);
     }
 
     #[test]

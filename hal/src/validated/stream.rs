@@ -283,15 +283,11 @@ impl Stream for CheckedStream {
             .map_err(|problem| self.refuse(&subject, problem))?;
         let mut touches = Vec::with_capacity(2 * batch.len());
         for collective in batch {
-            let (send, recv) = collective.tensors(communicator.rank());
-            for (name, tensor, access) in
-                [("send", send, Access::Read), ("recv", recv, Access::Write)]
-            {
-                if let Some(tensor) = tensor {
-                    touches.push(self.tensor(&subject, name, tensor, access)?);
-                }
-            }
+            collective.visit(communicator.rank(), |name, access, tensor| {
+                touches.push(self.tensor(&subject, name, tensor, access));
+            });
         }
+        let touches = touches.into_iter().collect::<Result<Vec<_>>>()?;
         self.touch(&subject, &touches)?;
         self.inner.submit_collectives(communicator, batch, label)
     }
