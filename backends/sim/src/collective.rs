@@ -5,10 +5,12 @@
 //! abort fails the group: the first failure stays, and every rank gets it.
 
 mod exchange;
+mod movement;
+mod reduce;
 
 use crate::cost::Cost;
 use crate::memory::{BorrowError, Guards, Memory, SimTensor, Slot, Span};
-use crate::stream::{Held, StreamShared, Touch, Work, data_failure};
+use crate::stream::{Held, StreamShared, Touch, Work};
 use crate::system::Shared;
 use exchange::{Part, Shape};
 use hal::op::Access;
@@ -16,6 +18,7 @@ use hal::trace::CommandKind;
 use hal::{
     Cause, Collective, CollectiveKind, Communicator, CommunicatorId, DeviceId, Error, Label, Result,
 };
+use movement::Obstacle;
 use parking_lot::Mutex;
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -200,31 +203,33 @@ impl Submission {
 /// Carries out a batch that every rank has arrived at.
 fn run_round(system: Arc<Shared>, group: Arc<Group>, round: Round, devices: Vec<DeviceId>) {
     let ranks: Vec<&[Part]> = round.arrivals.iter().map(|(_, _, parts)| &**parts).collect();
-    let exchanged = exchange::check(&ranks).map_err(Cause::Mismatch).and_then(|()| {
-        if !system.mode.functional() {
-            return Ok(());
-        }
-        match exchange::run(&ranks) {
-            Ok(()) => Ok(()),
-            Err(error) => Err(data_failure(&error).unwrap_or_else(|| Cause::Data(BUSY.into()))),
-        }
-    });
+    let fail = |rank: usize, cause| {
+        let origin = round.arrivals[rank].1.failure(cause);
+        group.fail(origin.clone());
+        origin
+    };
+    let exchanged = match exchange::check(&ranks) {
+        Err(text) => Err(fail(0, Cause::Mismatch(text))),
+        Ok(()) if !system.mode.functional() => Ok(expected_bytes(&ranks)),
+        Ok(()) => match movement::run(&ranks) {
+            Ok(bytes) => Ok(bytes),
+            // Come back when the other command is done.
+            Err(Obstacle::Busy) => {
+                let again = system.clone();
+                return system.pool.spawn(move || run_round(again, group, round, devices));
+            }
+            Err(Obstacle::Data(rank, text)) => Err(fail(rank, Cause::Data(text))),
+        },
+    };
     match exchanged {
-        Ok(()) => {
+        Ok(bytes) => {
             let start = round.arrivals.iter().map(|(_, held, _)| held.ready).max().unwrap_or(0);
-            let cost = total_cost(&system, &ranks, &devices);
+            let cost = total_cost(&system, ranks[0], &bytes, &devices);
             for (_, held, _) in round.arrivals {
                 held.complete(start, cost);
             }
         }
-        // Another command holds part of the memory: come back when it is done.
-        Err(Cause::Data(text)) if text == BUSY => {
-            let again = system.clone();
-            system.pool.spawn(move || run_round(again, group, round, devices));
-        }
-        Err(cause) => {
-            let origin = round.arrivals[0].1.failure(cause);
-            group.fail(origin.clone());
+        Err(origin) => {
             for (_, held, _) in round.arrivals {
                 held.fail(origin.clone());
             }
@@ -232,18 +237,20 @@ fn run_round(system: Arc<Shared>, group: Arc<Group>, round: Round, devices: Vec<
     }
 }
 
-/// Marks contended memory; never leaves this file.
-const BUSY: &str = "\0busy";
+/// Bytes of the rank with the most to do, for each collective of the batch, where no values tell.
+fn expected_bytes(ranks: &[&[Part]]) -> Vec<u64> {
+    let most = |i: usize| ranks.iter().map(|parts| parts[i].bytes()).max().unwrap_or(0);
+    (0..ranks[0].len()).map(most).collect()
+}
 
-fn total_cost(system: &Shared, ranks: &[&[Part]], devices: &[DeviceId]) -> Cost {
+fn total_cost(system: &Shared, batch: &[Part], bytes: &[u64], devices: &[DeviceId]) -> Cost {
     if !system.mode.timed() {
         return Cost::NOTHING;
     }
-    let batch = ranks[0].len();
-    let costs = (0..batch).map(|i| {
-        let bytes = ranks.iter().map(|parts| parts[i].bytes()).max().unwrap_or(0);
-        system.cost.collective(ranks[0][i].kind, bytes, devices, &system.topology)
-    });
+    let costs = batch
+        .iter()
+        .zip(bytes)
+        .map(|(part, &bytes)| system.cost.collective(part.kind, bytes, devices, &system.topology));
     costs
         .reduce(|a, b| Cost {
             picos: a.picos + b.picos,
@@ -302,7 +309,7 @@ fn copy(src: &SimTensor, dst: &SimTensor) -> Result<(), BorrowError> {
     Ok(())
 }
 
-pub(crate) fn span(t: &SimTensor, access: Access) -> Span<'_> {
+fn span(t: &SimTensor, access: Access) -> Span<'_> {
     let memory: &Memory = &t.memory;
     Span { memory, offset: t.offset, len: t.desc.extent(), access }
 }
@@ -361,23 +368,19 @@ impl SimCommunicator {
         Err(Error::misuse(stream, kind.name(), label, problem))
     }
 
-    /// Queues this rank's batch on a stream.
+    /// Queues this rank's batch on a stream; `placed` is the same batch over the simulator's memory.
     pub(crate) fn submit(
         &self,
         stream: &Arc<StreamShared>,
         kind: CommandKind,
         label: &Label,
         batch: &[Collective],
-        operands: &[(Option<SimTensor>, Option<SimTensor>)],
+        placed: &[Collective<SimTensor>],
         touches: &[Touch<'_>],
     ) -> Result<()> {
         let misuse = |problem| Error::misuse(self.device, kind.name(), label, problem);
         hal::collective::check(batch, self.rank, self.group.size).map_err(misuse)?;
-        let parts: Vec<Part> = batch
-            .iter()
-            .zip(operands)
-            .map(|(collective, (send, recv))| Part::new(collective, send.clone(), recv.clone()))
-            .collect();
+        let parts: Vec<Part> = placed.iter().map(|c| Part::new(c, self.rank)).collect();
         let peer_to_peer = parts.iter().any(Part::is_peer_to_peer);
         self.status()?;
         stream.takes_part_in(&self.group);

@@ -5,6 +5,10 @@
 //! no argument and no `unsafe`, so locks it is. They never block: a stream whose operands are held
 //! by another stream's command (disjoint parts of one buffer, say) is put back in the queue.
 
+mod buffers;
+
+pub(crate) use buffers::Buffers;
+
 use crate::kernels::Arg;
 use arrayvec::ArrayVec;
 use bytemuck::{Pod, Zeroable};
@@ -16,7 +20,7 @@ use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::sync::Arc;
 
 /// The most operands that an op has.
-pub(crate) const MAX_OPERANDS: usize = 8;
+pub(crate) const MAX_OPERANDS: usize = 12;
 
 /// Allocations are multiples of this many bytes, and aligned to it as far as kernels can tell.
 pub(crate) const ALIGNMENT: u64 = 256;

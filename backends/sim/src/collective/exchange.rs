@@ -1,10 +1,7 @@
-//! The data movement of group collectives, in rank order, so that sums are the same in every run.
+//! What each rank brings to a collective, and whether all mean the same.
 
-use super::span;
-use crate::memory::{BorrowError, Guards, SimTensor, Slot};
-use hal::op::Access;
+use crate::memory::SimTensor;
 use hal::{Collective, CollectiveKind, DType, PeerCounts, Reduction};
-use half::bf16;
 use std::sync::Arc;
 
 /// One rank's part of one collective.
@@ -14,6 +11,12 @@ pub(crate) struct Part {
     pub(crate) shape: Shape,
     pub(crate) send: Option<SimTensor>,
     pub(crate) recv: Option<SimTensor>,
+    /// Read, where the rows to send are cut by values.
+    pub(crate) send_offsets: Option<SimTensor>,
+    /// Written, where asked for.
+    pub(crate) recv_offsets: Option<SimTensor>,
+    /// Rows that a rank is expected to send, where values would tell.
+    expected_rows: u32,
 }
 
 /// What a collective needs to know besides its tensors.
@@ -23,6 +26,7 @@ pub(crate) enum Shape {
     Gather,
     Scatter(Reduction),
     Exchange(Option<Arc<PeerCounts>>),
+    ExchangeRows { width: usize },
     Broadcast { root: usize },
     Send { peer: usize },
     Receive { peer: usize },
@@ -30,39 +34,60 @@ pub(crate) enum Shape {
 
 impl Part {
     /// The part of a collective that [`hal::collective::check`] has passed.
-    pub(crate) fn new(
-        collective: &Collective,
-        send: Option<SimTensor>,
-        recv: Option<SimTensor>,
-    ) -> Part {
+    pub(crate) fn new(collective: &Collective<SimTensor>, rank: usize) -> Part {
+        let (mut send_offsets, mut recv_offsets, mut expected_rows) = (None, None, 0);
         let shape = match collective {
             Collective::AllReduce { reduction, .. } => Shape::Reduce(*reduction),
             Collective::AllGather { .. } => Shape::Gather,
             Collective::ReduceScatter { reduction, .. } => Shape::Scatter(*reduction),
             Collective::AllToAll { counts, .. } => Shape::Exchange(counts.clone()),
+            Collective::AllToAllV {
+                send,
+                send_offsets: from,
+                recv_offsets: to,
+                expected_rows: rows,
+                ..
+            } => {
+                (send_offsets, recv_offsets, expected_rows) =
+                    (Some(from.clone()), to.clone(), *rows);
+                Shape::ExchangeRows { width: send.desc.dim(1) }
+            }
             Collective::Broadcast { root, .. } => Shape::Broadcast { root: *root },
             Collective::Send { peer, .. } => Shape::Send { peer: *peer },
             Collective::Recv { peer, .. } => Shape::Receive { peer: *peer },
         };
-        Part { kind: collective.kind(), shape, send, recv }
+        let (send, recv) = collective.tensors(rank);
+        Part {
+            kind: collective.kind(),
+            shape,
+            send: send.cloned(),
+            recv: recv.cloned(),
+            send_offsets,
+            recv_offsets,
+            expected_rows,
+        }
     }
 
     pub(crate) fn is_peer_to_peer(&self) -> bool {
         matches!(self.shape, Shape::Send { .. } | Shape::Receive { .. })
     }
 
-    fn dtype(&self) -> DType {
+    pub(crate) fn dtype(&self) -> DType {
         let tensor = self.send.as_ref().or(self.recv.as_ref());
         tensor.map_or(DType::U8, |t| t.desc.dtype())
     }
 
-    /// The bytes that decide its cost: the larger of its two tensors.
+    /// The bytes that decide its cost: the larger of its two tensors, or of what is sent and
+    /// received, or expected to be.
     pub(crate) fn bytes(&self) -> u64 {
         let of = |t: &Option<SimTensor>| t.as_ref().map_or(0, |t| t.desc.bytes());
         match &self.shape {
             Shape::Exchange(Some(counts)) => {
                 let elements = counts.send.iter().sum::<usize>().max(counts.recv.iter().sum());
                 (elements * self.dtype().size()) as u64
+            }
+            Shape::ExchangeRows { width } => {
+                u64::from(self.expected_rows) * (width * self.dtype().size()) as u64
             }
             _ => of(&self.send).max(of(&self.recv)),
         }
@@ -87,8 +112,8 @@ pub(crate) fn check(ranks: &[&[Part]]) -> Result<(), String> {
             };
             let elements =
                 |p: &Part| p.send.as_ref().or(p.recv.as_ref()).map(|t| t.desc.elements());
-            let same_size =
-                matches!(mine.shape, Shape::Exchange(_)) || elements(mine) == elements(theirs);
+            let same_size = matches!(mine.shape, Shape::Exchange(_) | Shape::ExchangeRows { .. })
+                || elements(mine) == elements(theirs);
             if mine.kind != theirs.kind
                 || !same_shape
                 || !same_size
@@ -140,129 +165,4 @@ fn check_counts(ranks: &[&[Part]], i: usize) -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-/// Moves the data of every collective of the batch.
-pub(crate) fn run(ranks: &[&[Part]]) -> Result<(), BorrowError> {
-    // All destinations are free, or nothing is written: a busy buffer means that the whole batch
-    // is tried again.
-    let writes: Vec<_> =
-        ranks.iter().flat_map(|p| p.iter()).filter_map(|p| p.recv.as_ref()).collect();
-    let spans: Vec<_> = writes.iter().map(|t| span(t, Access::Write)).collect();
-    drop(Guards::lock(&spans)?);
-    for i in 0..ranks[0].len() {
-        let parts: Vec<&Part> = ranks.iter().map(|p| &p[i]).collect();
-        let inputs = parts.iter().map(|p| read(p)).collect::<Result<Vec<_>, _>>()?;
-        for (rank, part) in parts.iter().enumerate() {
-            if let Some(recv) = &part.recv {
-                write(recv, &output(&parts, &inputs, rank))?;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn read(part: &Part) -> Result<Vec<u8>, BorrowError> {
-    let Some(send) = &part.send else { return Ok(Vec::new()) };
-    let bytes = send.memory.try_read(send.offset, send.desc.extent(), <[u8]>::to_vec);
-    bytes.ok_or(BorrowError::Busy)
-}
-
-fn write(recv: &SimTensor, bytes: &[u8]) -> Result<(), BorrowError> {
-    let spans = [span(recv, Access::Write)];
-    let mut guards = Guards::lock(&spans)?;
-    if let [Slot::Write(to)] = guards.carve(&spans)?.as_mut_slice() {
-        let len = bytes.len().min(to.len());
-        to[..len].copy_from_slice(&bytes[..len]);
-    }
-    Ok(())
-}
-
-/// What `rank` receives.
-fn output(parts: &[&Part], inputs: &[Vec<u8>], rank: usize) -> Vec<u8> {
-    let dtype = parts[rank].dtype();
-    let size = parts.len();
-    match &parts[rank].shape {
-        Shape::Reduce(reduction) => {
-            let all: Vec<&[u8]> = inputs.iter().map(Vec::as_slice).collect();
-            reduce(&all, dtype, *reduction)
-        }
-        Shape::Scatter(reduction) => {
-            let each = inputs[0].len() / size;
-            let slices: Vec<&[u8]> =
-                inputs.iter().map(|input| &input[rank * each..(rank + 1) * each]).collect();
-            reduce(&slices, dtype, *reduction)
-        }
-        Shape::Gather => inputs.concat(),
-        Shape::Broadcast { root } => inputs[*root].clone(),
-        Shape::Exchange(_) => {
-            let mut out = Vec::new();
-            for (part, input) in parts.iter().zip(inputs) {
-                let (start, len) = match &part.shape {
-                    Shape::Exchange(Some(c)) => {
-                        (c.send[..rank].iter().sum::<usize>(), c.send[rank])
-                    }
-                    _ => {
-                        let each = input.len() / dtype.size() / size;
-                        (rank * each, each)
-                    }
-                };
-                out.extend_from_slice(&input[start * dtype.size()..(start + len) * dtype.size()]);
-            }
-            out
-        }
-        Shape::Send { .. } | Shape::Receive { .. } => Vec::new(),
-    }
-}
-
-/// Combines in ascending rank order, in FP32 (or in wrapping integers), and rounds once.
-fn reduce(inputs: &[&[u8]], dtype: DType, reduction: Reduction) -> Vec<u8> {
-    match dtype {
-        DType::F32 => fold(inputs, reduction, f32::from_le_bytes, f32::to_le_bytes),
-        DType::Bf16 => fold(
-            inputs,
-            reduction,
-            |b| bf16::from_le_bytes(b).to_f32(),
-            |v| bf16::from_f32(v).to_le_bytes(),
-        ),
-        _ => {
-            let combine = |a: i32, b: i32| match reduction {
-                Reduction::Sum => a.wrapping_add(b),
-                Reduction::Max => a.max(b),
-                Reduction::Min => a.min(b),
-            };
-            fold_with(inputs, combine, i32::from_le_bytes, i32::to_le_bytes)
-        }
-    }
-}
-
-fn fold<const N: usize>(
-    inputs: &[&[u8]],
-    reduction: Reduction,
-    decode: impl Fn([u8; N]) -> f32,
-    encode: impl Fn(f32) -> [u8; N],
-) -> Vec<u8> {
-    let combine = |a: f32, b: f32| match reduction {
-        Reduction::Sum => a + b,
-        // NaN wins, as it would in a sum.
-        Reduction::Max if a.is_nan() || a > b => a,
-        Reduction::Min if a.is_nan() || a < b => a,
-        Reduction::Max | Reduction::Min => b,
-    };
-    fold_with(inputs, combine, decode, encode)
-}
-
-fn fold_with<const N: usize, T>(
-    inputs: &[&[u8]],
-    combine: impl Fn(T, T) -> T,
-    decode: impl Fn([u8; N]) -> T,
-    encode: impl Fn(T) -> [u8; N],
-) -> Vec<u8> {
-    let mut out = Vec::with_capacity(inputs[0].len());
-    for at in 0..inputs[0].len() / N {
-        let element = |input: &[u8]| decode(std::array::from_fn(|i| input[at * N + i]));
-        let (first, rest) = (element(inputs[0]), &inputs[1..]);
-        out.extend_from_slice(&encode(rest.iter().map(|i| element(i)).fold(first, &combine)));
-    }
-    out
 }

@@ -105,10 +105,13 @@ impl CostModel for Roofline {
             }
             CollectiveKind::AllGather
             | CollectiveKind::ReduceScatter
-            | CollectiveKind::AllToAll => {
+            | CollectiveKind::AllToAll
+            | CollectiveKind::AllToAllV => {
                 let ring = share + (n - 1.0) * latency;
                 let doubling = match kind {
-                    CollectiveKind::AllToAll => doublings * (whole / 2.0 + latency),
+                    CollectiveKind::AllToAll | CollectiveKind::AllToAllV => {
+                        doublings * (whole / 2.0 + latency)
+                    }
                     _ => share + doublings * latency,
                 };
                 let direct = share + latency;

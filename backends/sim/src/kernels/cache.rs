@@ -62,7 +62,7 @@ fn write_as<T: Float>(op: &CacheWrite<Arg>, args: &mut Args<'_>) -> Result<(), S
 }
 
 /// Sequences as `starts` cut a row of tokens: checks that they ascend from 0 to at most `limit`.
-pub(super) fn check_starts(name: &str, starts: &[i32], limit: usize) -> Result<(), String> {
+pub(crate) fn check_starts(name: &str, starts: &[i32], limit: usize) -> Result<(), String> {
     let ascending = starts.first() == Some(&0) && starts.windows(2).all(|s| s[0] <= s[1]);
     if ascending && starts.last().is_some_and(|&last| last as usize <= limit) {
         return Ok(());

@@ -9,6 +9,7 @@ mod args;
 mod attention;
 mod batched;
 mod cache;
+mod dispatch;
 mod linear;
 mod moe;
 mod number;
@@ -19,6 +20,7 @@ mod simd;
 mod tests;
 
 pub(crate) use args::{Arg, Args, View, ViewMut};
+pub(crate) use cache::check_starts;
 pub(crate) use simd::Isa;
 
 use hal::op::Routing;
@@ -60,7 +62,7 @@ pub(crate) fn run(op: &Op<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<Ou
         Op::GroupedLinear(op) => return linear::grouped_linear(op, args, ctx),
         Op::GatherRows(op) => rowwise::gather_rows(op, args)?,
         Op::RmsNorm(op) => rowwise::rms_norm(op, args, ctx),
-        Op::Quantize(op) => rowwise::quantize(op, args, ctx),
+        Op::Quantize(op) => rowwise::quantize(op, args, ctx)?,
         Op::Dequantize(op) => rowwise::dequantize(op, args, ctx),
         Op::Linear(op) => linear::linear(op, args, ctx),
         Op::BatchedLinear(op) => batched::batched_linear(op, args, ctx),
@@ -69,8 +71,9 @@ pub(crate) fn run(op: &Op<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<Ou
         Op::CacheRead(op) => cache::read(op, args)?,
         Op::MlaPrefill(op) => attention::prefill(op, args, ctx)?,
         Op::MlaDecode(op) => attention::decode(op, args, ctx)?,
-        Op::SwiGlu(op) => rowwise::swiglu(op, args, ctx),
+        Op::SwiGlu(op) => rowwise::swiglu(op, args, ctx)?,
         Op::Gate(op) => moe::gate(op, args),
+        Op::MoeDispatch(op) => dispatch::dispatch(op, args)?,
         Op::MoePermute(op) => moe::permute(op, args)?,
         Op::MoeCombine(op) => moe::combine(op, args, ctx)?,
         Op::Add(op) => rowwise::add(op, args, ctx),
@@ -81,6 +84,20 @@ pub(crate) fn run(op: &Op<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<Ou
         other => return Err(format!("{} is newer than this simulator", other.kind().name())),
     }
     Ok(Outcome::default())
+}
+
+/// How many rows of `available` count: all, or as many as the last of `row_offsets` says.
+fn counted_rows(
+    row_offsets: Option<&Arg>,
+    available: usize,
+    args: &Args<'_>,
+) -> Result<usize, String> {
+    let Some(offsets) = row_offsets else { return Ok(available) };
+    let last = args.read::<i32>(offsets).data.last().copied().unwrap_or(0);
+    match usize::try_from(last) {
+        Ok(rows) if rows <= available => Ok(rows),
+        _ => Err(format!("row_offsets end at {last}, which is not within {available} rows")),
+    }
 }
 
 /// Multiply-adds from which on it pays to wake other threads: some 100 µs of one.

@@ -2,7 +2,7 @@
 
 use super::number::{Float, sigmoid};
 use super::simd::{Element, LANES, for_vectors, kernel, tail, vector};
-use super::{Arg, Args, Context};
+use super::{Arg, Args, Context, counted_rows};
 use hal::DType;
 use hal::op::{Gate, MoeCombine, MoePermute};
 use half::bf16;
@@ -77,18 +77,22 @@ fn largest(values: &[f32], taken: &[bool], allowed: impl Fn(usize) -> bool) -> u
 pub(super) fn permute(op: &MoePermute<Arg>, args: &mut Args<'_>) -> Result<(), String> {
     let chosen = args.read::<i32>(&op.experts);
     let tokens = op.experts.desc.dim(0);
+    let counted = counted_rows(op.row_offsets.as_ref(), tokens, args)?;
     let local = op.offsets.desc.dim(0) - 1;
     let first = op.first_expert as usize;
+    // Negative numbers are no experts, and none of those here.
+    let local_expert =
+        |expert: i32| usize::try_from(expert).ok()?.checked_sub(first).filter(|&e| e < local);
     let mut counts = vec![0usize; local + 1];
-    for t in 0..tokens {
+    for t in 0..counted {
         for &expert in chosen.row(t) {
-            if expert < 0 || expert as u32 >= op.total_experts {
+            if expert >= 0 && expert as u32 >= op.total_experts {
                 return Err(format!(
                     "expert {expert} of token {t} is not one of {}",
                     op.total_experts
                 ));
             }
-            if let Some(e) = (expert as usize).checked_sub(first).filter(|&e| e < local) {
+            if let Some(e) = local_expert(expert) {
                 counts[e + 1] += 1;
             }
         }
@@ -105,10 +109,10 @@ pub(super) fn permute(op: &MoePermute<Arg>, args: &mut Args<'_>) -> Result<(), S
     offsets.data.iter_mut().zip(&counts).for_each(|(to, &n)| *to = n as i32);
     let mut rows = args.write::<i32>(&op.rows);
     let mut sources = vec![0usize; counts[local]];
-    for t in 0..tokens {
+    (counted..tokens).for_each(|t| rows.row(t).fill(-1));
+    for t in 0..counted {
         for (slot, &expert) in rows.row(t).iter_mut().zip(chosen.row(t)) {
-            let e = (expert as usize).checked_sub(first).filter(|&e| e < local);
-            *slot = e.map_or(-1, |e| {
+            *slot = local_expert(expert).map_or(-1, |e| {
                 let row = counts[e];
                 counts[e] += 1;
                 sources[row] = t;
@@ -116,15 +120,25 @@ pub(super) fn permute(op: &MoePermute<Arg>, args: &mut Args<'_>) -> Result<(), S
             });
         }
     }
-    match op.x.desc.dtype() {
-        DType::F32 => copy_rows::<f32>(&op.x, &op.out, &sources, args),
-        DType::Bf16 => copy_rows::<bf16>(&op.x, &op.out, &sources, args),
-        _ => copy_rows::<u8>(&op.x, &op.out, &sources, args),
-    }
-    if let (Some(from), Some(to)) = (&op.x_scales, &op.out_scales) {
-        copy_rows::<f32>(from, to, &sources, args);
-    }
+    move_rows((&op.x, op.x_scales.as_ref()), (&op.out, op.out_scales.as_ref()), &sources, args);
     Ok(())
+}
+
+/// Row `r` of the destination becomes row `sources[r]` of the source, its scales too.
+pub(super) fn move_rows(
+    (x, x_scales): (&Arg, Option<&Arg>),
+    (out, out_scales): (&Arg, Option<&Arg>),
+    sources: &[usize],
+    args: &mut Args<'_>,
+) {
+    match x.desc.dtype() {
+        DType::F32 => copy_rows::<f32>(x, out, sources, args),
+        DType::Bf16 => copy_rows::<bf16>(x, out, sources, args),
+        _ => copy_rows::<u8>(x, out, sources, args),
+    }
+    if let (Some(from), Some(to)) = (x_scales, out_scales) {
+        copy_rows::<f32>(from, to, sources, args);
+    }
 }
 
 fn copy_rows<T: bytemuck::Pod>(from: &Arg, to: &Arg, sources: &[usize], args: &mut Args<'_>) {
@@ -166,18 +180,21 @@ fn combine_as<T: Float>(
     ctx: &Context,
 ) -> Result<(), String> {
     let y = args.read::<T>(&op.y);
-    let (rows, weights) = (args.read::<i32>(&op.rows), args.read::<f32>(&op.weights));
+    let counted = counted_rows(op.row_offsets.as_ref(), op.rows.desc.dim(0), args)?;
+    let rows = args.read::<i32>(&op.rows);
+    let weights = op.weights.as_ref().map(|w| args.read::<f32>(w));
     let base = op.base.as_ref().map(|b| args.read::<T>(b));
     let mut out = args.write::<T>(&op.out);
     let available = op.y.desc.dim(0);
     let mut acc = vec![0.0; op.y.desc.dim(1)];
-    for t in 0..op.rows.desc.dim(0) {
+    for t in 0..counted {
         acc.fill(0.0);
-        for (&row, &weight) in rows.row(t).iter().zip(weights.row(t)) {
+        for (j, &row) in rows.row(t).iter().enumerate() {
             let Ok(row) = usize::try_from(row) else { continue };
             if row >= available {
                 return Err(format!("row {row} of token {t} is not one of {available}"));
             }
+            let weight = weights.map_or(1.0, |weights| weights.row(t)[j]);
             add_scaled(ctx.isa, weight, y.row(row), &mut acc);
         }
         if let Some(base) = &base {

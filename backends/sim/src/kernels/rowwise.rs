@@ -2,7 +2,7 @@
 
 use super::number::{E4M3_MAX, Float, decode_e4m3, encode_e4m3, sigmoid};
 use super::simd::{Element, LANES, for_vectors, kernel, sum, tail, vector};
-use super::{Arg, Args, Context, View, ViewMut};
+use super::{Arg, Args, Context, View, ViewMut, counted_rows};
 use hal::op::{
     Add, BlockGrid, Cast, Copy, Dequantize, GatherRows, Quantize, RmsNorm, ScaleFormat, SwiGlu,
 };
@@ -164,19 +164,28 @@ fn group_scale(amax: f32, format: ScaleFormat) -> f32 {
 }
 
 /// See [`Quantize`].
-pub(super) fn quantize(op: &Quantize<Arg>, args: &mut Args<'_>, ctx: &Context) {
+pub(super) fn quantize(
+    op: &Quantize<Arg>,
+    args: &mut Args<'_>,
+    ctx: &Context,
+) -> Result<(), String> {
     match op.x.desc.dtype() {
         DType::F32 => quantize_as::<f32>(op, args, ctx),
         _ => quantize_as::<bf16>(op, args, ctx),
     }
 }
 
-fn quantize_as<T: Float>(op: &Quantize<Arg>, args: &mut Args<'_>, ctx: &Context) {
+fn quantize_as<T: Float>(
+    op: &Quantize<Arg>,
+    args: &mut Args<'_>,
+    ctx: &Context,
+) -> Result<(), String> {
+    let rows = counted_rows(op.row_offsets.as_ref(), op.x.desc.dim(0), args)?;
     let x = args.read::<T>(&op.x);
     let (mut q, mut scales) = (args.write::<u8>(&op.q), args.write::<f32>(&op.scales));
     let grid = BlockGrid { column_offset: op.column_offset, ..BlockGrid::default() };
     let columns = op.x.desc.dim(1);
-    for t in 0..op.x.desc.dim(0) {
+    for t in 0..rows {
         let (row, q) = (x.row(t), q.row(t));
         for (group, scale) in scales.row(t).iter_mut().enumerate() {
             let range = grid.group_columns(group, columns);
@@ -184,6 +193,7 @@ fn quantize_as<T: Float>(op: &Quantize<Arg>, args: &mut Args<'_>, ctx: &Context)
             encode(ctx.isa, &row[range.clone()], *scale, &mut q[range]);
         }
     }
+    Ok(())
 }
 
 /// See [`Dequantize`].
@@ -237,20 +247,22 @@ kernel! {
 }
 
 /// See [`SwiGlu`].
-pub(super) fn swiglu(op: &SwiGlu<Arg>, args: &mut Args<'_>, ctx: &Context) {
+pub(super) fn swiglu(op: &SwiGlu<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<(), String> {
     match op.x.desc.dtype() {
         DType::F32 => swiglu_as::<f32>(op, args, ctx),
         _ => swiglu_as::<bf16>(op, args, ctx),
     }
 }
 
-fn swiglu_as<T: Float>(op: &SwiGlu<Arg>, args: &mut Args<'_>, ctx: &Context) {
+fn swiglu_as<T: Float>(op: &SwiGlu<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<(), String> {
+    let rows = counted_rows(op.row_offsets.as_ref(), op.x.desc.dim(0), args)?;
     let x = args.read::<T>(&op.x);
     let mut out = args.write::<T>(&op.out);
-    for t in 0..op.x.desc.dim(0) {
+    for t in 0..rows {
         let (gate, up) = x.row(t).split_at(op.out.desc.dim(1));
         gated(ctx.isa, gate, up, out.row(t));
     }
+    Ok(())
 }
 
 /// See [`Add`].

@@ -9,7 +9,7 @@ mod timeline;
 mod work;
 
 pub(crate) use queue::{Held, StreamShared, Touch};
-pub(crate) use work::{Work, data_failure};
+pub(crate) use work::Work;
 
 use crate::collective::SimCommunicator;
 use crate::device::{SimBuffer, memory_of};
@@ -227,28 +227,18 @@ impl Stream for SimStream {
             return Err(self.misuse(kind, label, "the communicator is another backend's".into()));
         };
         communicator.check_device(self.shared.id.device, kind, label)?;
-        let mut operands = Vec::with_capacity(batch.len());
-        for collective in batch {
-            let (send, recv) = collective.tensors(communicator.rank());
-            let send = send.map(|t| self.operand(t)).transpose()?;
-            let recv = recv.map(|t| self.operand(t)).transpose()?;
-            operands.push((send, recv));
-        }
-        let touches: Vec<Touch<'_>> = operands
+        let placed = batch
             .iter()
-            .flat_map(|(send, recv)| {
-                [(send, Access::Read), (recv, Access::Write)]
-                    .into_iter()
-                    .filter_map(|(t, access)| t.as_ref().map(|t| (t, access)))
-            })
-            .map(|(t, access)| Touch {
-                memory: &t.memory,
-                offset: t.offset,
-                len: t.desc.extent(),
-                access,
-            })
-            .collect();
-        communicator.submit(&self.shared, kind, label, batch, &operands, &touches)
+            .map(|collective| collective.try_map(|t| self.operand(t)))
+            .collect::<Result<Vec<_>>>()?;
+        let mut touches = Vec::with_capacity(2 * batch.len());
+        for collective in &placed {
+            collective.visit(communicator.rank(), |_, access, t| {
+                let (offset, len) = (t.offset, t.desc.extent());
+                touches.push(Touch { memory: &t.memory, offset, len, access });
+            });
+        }
+        communicator.submit(&self.shared, kind, label, batch, &placed, &touches)
     }
 
     fn wait(&self, point: &Point) -> Result<()> {

@@ -43,7 +43,7 @@ pub(crate) enum Outcome {
 }
 
 /// What to do about operands that cannot be borrowed: wait, or fail.
-pub(crate) fn data_failure(error: &BorrowError) -> Option<Cause> {
+fn data_failure(error: &BorrowError) -> Option<Cause> {
     match error {
         BorrowError::Busy => None,
         BorrowError::Overlap(a, b) => {
