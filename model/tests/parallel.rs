@@ -89,20 +89,33 @@ fn check(dir: &Path, plans: &[ParallelOptions], base: EngineOptions, prompts: [&
 }
 
 #[test]
-fn debug_tp3() {
-    let base = EngineOptions { max_sequences: 3, prefill_chunk: 7, page_size: 16, ..options(Numerics::F32) };
-    let a = outcome(&mut load(&tiny_dir(), tp(1), base), [&PROMPT, &OTHER]);
-    for run in 0..4 {
-        for overlap in [Overlap::None, Overlap::TwoBatch] {
-            let b = outcome(&mut load(&tiny_dir(), tp(3), EngineOptions { overlap, ..base }), [&PROMPT, &OTHER]);
-            let diffs: Vec<f32> = a.decoded.chunks(1024).zip(b.decoded.chunks(1024)).map(|(x, y)| max_difference(x, y)).collect();
-            println!("{run} {overlap:?} {diffs:?}");
-        }
-    }
+fn tensor_and_pipeline_ranks_agree_with_one_in_f32() {
+    let plans = [tp(2), tp(4), tp(8), tp(16), tp(32), tp(3), pp(1, 2), pp(1, 4), pp(4, 2)];
+    check(&tiny_dir(), &plans, options(Numerics::F32), [&PROMPT, &OTHER]);
+}
+
+fn ep(tensor: usize, data: usize) -> ParallelOptions {
+    ParallelOptions { tensor, data, expert: true, ..ParallelOptions::default() }
 }
 
 #[test]
-fn tensor_and_pipeline_ranks_agree_with_one_in_f32() {
-    let plans = [tp(2), tp(4), tp(8), tp(16), tp(32), tp(3), pp(1, 2), pp(1, 4), pp(4, 2)];
+fn expert_and_data_ranks_agree_with_one_in_f32() {
+    let copies = ParallelOptions { redundant_experts: Some(8), ..ep(2, 2) };
+    let nodes = ParallelOptions { ranks_per_node: Some(2), ..ep(1, 4) };
+    let nodes_and_copies = ParallelOptions { ranks_per_node: Some(4), ..ep(4, 4) };
+    let stages = ParallelOptions { pipeline: 2, ..ep(2, 2) };
+    let replicas = ParallelOptions { data: 2, ..tp(2) };
+    let plans = [
+        ep(1, 2),
+        ep(1, 4),
+        ep(1, 8),
+        ep(4, 2),
+        ep(8, 1),
+        copies,
+        nodes,
+        nodes_and_copies,
+        stages,
+        replicas,
+    ];
     check(&tiny_dir(), &plans, options(Numerics::F32), [&PROMPT, &OTHER]);
 }

@@ -44,7 +44,6 @@ struct Issue {
 enum Action {
     Op(Box<Command>),
     Collectives(Arc<dyn Communicator>, Vec<Collective>, Label),
-    Fill(Region, u8),
     /// Waits for the point kept there.
     Wait(usize),
 }
@@ -110,7 +109,6 @@ impl Program {
                 Action::Collectives(communicator, batch, label) => {
                     stream.submit_collectives(communicator, batch, label)?;
                 }
-                Action::Fill(region, byte) => stream.fill(region, *byte)?,
                 Action::Wait(mark) => {
                     if let Some(point) = &self.points[*mark] {
                         stream.wait(point)?;
@@ -302,7 +300,6 @@ fn bind(
                         let batch = batch.iter().map(|c| c.map(tensor)).collect();
                         Action::Collectives(communicator, batch, label)
                     }
-                    Work::Fill { slot, byte } => Action::Fill(tensor(slot).region(), *byte),
                 };
                 (lane, action, marks.get(&Event::Node(number)).copied())
             }

@@ -21,6 +21,11 @@ impl Activations {
         Activations { plain, quantized }
     }
 
+    /// T: tokens, or copies of them.
+    pub(super) fn rows(&self) -> usize {
+        self.plain.desc().dim(0)
+    }
+
     /// The form with which a weight of this dtype is multiplied, and its scales.
     pub(super) fn operand(&self, weight: DType) -> (Slot, Option<Slot>) {
         match self.quantized {
@@ -28,6 +33,15 @@ impl Activations {
             _ => (self.plain, None),
         }
     }
+}
+
+/// Rows of which only the device knows how many count.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Counted {
+    /// Ascending I32; the last is the number of rows that count.
+    pub(super) offsets: Slot,
+    /// How many are expected.
+    pub(super) expected: usize,
 }
 
 /// A graph in the making.
@@ -207,7 +221,18 @@ impl<'w> Builder<'w> {
         &mut self,
         name: &str,
         x: Slot,
+        weight: (usize, Role),
+    ) -> Activations {
+        self.counted_activations(name, x, weight, None)
+    }
+
+    /// [`Builder::activations`] of rows of which only the device knows how many count.
+    pub(super) fn counted_activations(
+        &mut self,
+        name: &str,
+        x: Slot,
         (layer, role): (usize, Role),
+        counted: Option<Counted>,
     ) -> Activations {
         if !self.quantized {
             return Activations { plain: x, quantized: None };
@@ -218,7 +243,12 @@ impl<'w> Builder<'w> {
         let q = self.scratch_of(&name, DType::F8E4M3, &[rows, columns]);
         let scales = self.scratch_of(&name, DType::F32, &[rows, grid.scale_columns(columns)]);
         let (column_offset, scale_format) = (grid.column_offset, self.scale_format);
-        self.push(&name, op::Quantize { x, q, scales, column_offset, scale_format });
+        let row_offsets = counted.map(|c| c.offsets);
+        let expected_rows = counted.map_or(0, |c| c.expected as u32);
+        self.push(
+            &name,
+            op::Quantize { x, row_offsets, q, scales, column_offset, scale_format, expected_rows },
+        );
         Activations { plain: x, quantized: Some((q, scales)) }
     }
 
@@ -235,6 +265,21 @@ impl<'w> Builder<'w> {
                 Activations { plain, quantized: None }
             }
         }
+    }
+
+    /// `silu(gate) · up` of gate and up side by side.
+    pub(super) fn swiglu(&mut self, name: &str, both: Slot, counted: Option<Counted>) -> Slot {
+        let name = format!("{name} swiglu");
+        let out = self.scratch(&name, &[both.desc().dim(0), both.desc().dim(1) / 2]);
+        let row_offsets = counted.map(|c| c.offsets);
+        let expected_rows = counted.map_or(0, |c| c.expected as u32);
+        self.push(&name, op::SwiGlu { x: both, row_offsets, out, expected_rows });
+        out
+    }
+
+    /// Dtype in which a weight is held.
+    pub(super) fn dtype(&self, layer: usize, role: Role) -> DType {
+        self.spec(WeightKey { layer, role }).desc.dtype()
     }
 
     pub(super) fn linear(&mut self, name: &str, x: &Activations, layer: usize, role: Role) -> Slot {

@@ -7,7 +7,7 @@ use crate::config::{ModelConfig, ScaleFormat as ConfigScaleFormat};
 use crate::numerics::Numerics;
 use crate::plan::{Group, RankPlan};
 use crate::weights::{Role, WeightPlan};
-use hal::op::{self, AttentionWork, Routing, ScaleFormat};
+use hal::op::{self, AttentionWork, ScaleFormat};
 use hal::{Collective, DType, Operand};
 
 /// Which of MLA's two forms a step uses.
@@ -101,7 +101,8 @@ pub fn mtp_module(inputs: ModelInputs<'_>, shape: StepShape) -> Option<Graph> {
     let embedding = m.embed("mtp embed");
     m.b.scope = "mtp ".into();
     let rows = m.own_rows();
-    let hidden = hidden.narrowed(0, inputs.rank.tensor.rank * rows % shape.tokens.max(1), rows);
+    let first = if rows < shape.tokens { inputs.rank.tensor.rank * rows } else { 0 };
+    let hidden = hidden.narrowed(0, first, rows);
     let both = m.b.scratch("concat", &[rows, 2 * h]);
     let eps = m.eps();
     let enorm = m.b.weight(layer, Role::MtpEmbeddingNorm);
@@ -115,11 +116,11 @@ pub fn mtp_module(inputs: ModelInputs<'_>, shape: StepShape) -> Option<Graph> {
     Some(m.b.finish())
 }
 
-struct Model<'a> {
-    c: &'a ModelConfig,
-    rank: &'a RankPlan,
-    b: Builder<'a>,
-    shape: StepShape,
+pub(super) struct Model<'a> {
+    pub(super) c: &'a ModelConfig,
+    pub(super) rank: &'a RankPlan,
+    pub(super) b: Builder<'a>,
+    pub(super) shape: StepShape,
 }
 
 impl<'a> Model<'a> {
@@ -133,7 +134,7 @@ impl<'a> Model<'a> {
     }
 
     /// Tokens that this rank has outside attention.
-    fn own_rows(&self) -> usize {
+    pub(super) fn own_rows(&self) -> usize {
         match self.rank.splits_tokens() {
             true => self.shape.tokens / self.rank.tensor.size,
             false => self.shape.tokens,
@@ -202,9 +203,7 @@ impl<'a> Model<'a> {
         let weight = self.b.weight(layer, Role::PostAttentionNorm);
         let x = self.b.norm("post-attention norm", attended, weight, Some(residual), eps);
         if self.c.is_moe_layer(layer) {
-            let x = self.b.activations("mlp", x, (layer, Role::ExpertsGateUp));
-            let partial = self.moe(layer, &x);
-            return self.sum_columns("moe", partial);
+            return self.moe(layer, x);
         }
         let x = self.b.activations("mlp", x, (layer, Role::GateUp));
         let partial = self.mlp("mlp", layer, &x, Role::GateUp, Role::Down);
@@ -212,7 +211,7 @@ impl<'a> Model<'a> {
     }
 
     /// Adds up the columns of MLPs, where ranks have some each.
-    fn sum_columns(&mut self, name: &str, partial: Slot) -> Slot {
+    pub(super) fn sum_columns(&mut self, name: &str, partial: Slot) -> Slot {
         if self.rank.mlp_member().is_alone() { partial } else { self.sum(name, partial) }
     }
 
@@ -332,7 +331,7 @@ impl<'a> Model<'a> {
     }
 
     /// SwiGLU: `down(silu(gate(x)) · up(x))`.
-    fn mlp(
+    pub(super) fn mlp(
         &mut self,
         name: &str,
         layer: usize,
@@ -341,79 +340,9 @@ impl<'a> Model<'a> {
         down: Role,
     ) -> Slot {
         let both = self.b.linear(&format!("{name} gate_up"), x, layer, gate_up);
-        let inner = self.swiglu(name, both);
+        let inner = self.b.swiglu(name, both, None);
         let inner = self.b.activations(&format!("{name} down"), inner, (layer, down));
         self.b.linear(&format!("{name} down"), &inner, layer, down)
-    }
-
-    fn swiglu(&mut self, name: &str, both: Slot) -> Slot {
-        let shape = [both.desc().dim(0), both.desc().dim(1) / 2];
-        let out = self.b.scratch(&format!("{name} swiglu"), &shape);
-        self.b.push(&format!("{name} swiglu"), op::SwiGlu { x: both, out });
-        out
-    }
-
-    /// DeepSeekMoE (section 2.1.2 of the report): routed experts by group-limited top-k, plus
-    /// shared experts that every token takes, unscaled; both read the same normed input.
-    fn moe(&mut self, layer: usize, x: &Activations) -> Slot {
-        let c = self.c;
-        let tokens = self.shape.tokens;
-        let (experts, k, h) = (c.n_routed_experts, c.num_experts_per_tok, c.hidden_size);
-        // The router's logits in FP32, so that near-ties route as in the reference.
-        let logits = self.b.scratch_of("router logits", DType::F32, &[tokens, experts]);
-        let plain = Activations::of(x.plain, None);
-        self.b.linear_into("router", &plain, layer, Role::Router, logits);
-        let chosen = self.b.scratch_of("chosen experts", DType::I32, &[tokens, k]);
-        let weights = self.b.scratch_of("expert weights", DType::F32, &[tokens, k]);
-        let bias = self.b.weight(layer, Role::RouterBias);
-        self.b.push(
-            "gate",
-            op::Gate {
-                logits,
-                bias: Some(bias),
-                experts: chosen,
-                weights,
-                groups: c.n_group as u32,
-                groups_kept: c.topk_group as u32,
-                normalize: c.norm_topk_prob,
-                scale: c.routed_scaling_factor as f32,
-            },
-        );
-        let copies = tokens * k;
-        let offsets = self.b.scratch_of("expert offsets", DType::I32, &[experts + 1]);
-        let rows = self.b.scratch_of("expert rows", DType::I32, &[tokens, k]);
-        let expert_weight = self.b.weight(layer, Role::ExpertsGateUp).desc().dtype();
-        let (x_in, x_scales) = x.operand(expert_weight);
-        let out = self.b.scratch_of("permuted", x_in.desc().dtype(), &[copies, h]);
-        let out_scales = x_scales
-            .map(|s| self.b.scratch_of("permuted scales", DType::F32, &[copies, s.desc().dim(1)]));
-        self.b.push(
-            "permute",
-            op::MoePermute {
-                x: x_in,
-                x_scales,
-                experts: chosen,
-                out,
-                out_scales,
-                offsets,
-                rows,
-                first_expert: 0,
-                total_experts: experts as u32,
-            },
-        );
-        let permuted = Activations::of(out, out_scales.map(|s| (out, s)));
-        let routing = Routing::uniform(tokens, k, experts);
-        let up = (layer, Role::ExpertsGateUp);
-        let both = self.b.grouped_linear("experts gate_up", &permuted, up, offsets, routing);
-        let inner = self.swiglu("experts", both);
-        let down = (layer, Role::ExpertsDown);
-        let inner = self.b.activations("experts down", inner, down);
-        let y = self.b.grouped_linear("experts down", &inner, down, offsets, routing);
-        let base = (c.n_shared_experts > 0)
-            .then(|| self.mlp("shared expert", layer, x, Role::SharedGateUp, Role::SharedDown));
-        let out = self.b.scratch("moe", &[tokens, h]);
-        self.b.push("combine", op::MoeCombine { y, rows, weights, base, out });
-        out
     }
 
     /// The last norm, on this rank's rows, and then the rows of all ranks of the tensor group.

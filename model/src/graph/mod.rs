@@ -5,6 +5,7 @@
 
 mod builder;
 mod deepseek;
+mod moe;
 
 
 pub use deepseek::{Form, ModelInputs, StepShape, main_model, mtp_module};
@@ -165,13 +166,6 @@ pub enum Work {
         /// What.
         batch: Vec<Collective<Slot>>,
     },
-    /// Sets every byte.
-    Fill {
-        /// Of what.
-        slot: Slot,
-        /// To what.
-        byte: u8,
-    },
 }
 
 impl Work {
@@ -181,12 +175,9 @@ impl Work {
             Work::Op(op) => op.visit(|_, access, slot| f(access, slot)),
             Work::Collectives { batch, rank, .. } => {
                 for collective in batch {
-                    let (send, recv) = collective.tensors(*rank);
-                    send.into_iter().for_each(|slot| f(Access::Read, slot));
-                    recv.into_iter().for_each(|slot| f(Access::Write, slot));
+                    collective.visit(*rank, |_, access, slot| f(access, slot));
                 }
             }
-            Work::Fill { slot, .. } => f(Access::Write, slot),
         }
     }
 
@@ -195,7 +186,6 @@ impl Work {
         match self {
             Work::Op(op) => op.kind().name(),
             Work::Collectives { batch, .. } => batch.first().map_or("nothing", |c| c.kind().name()),
-            Work::Fill { .. } => "fill",
         }
     }
 }

@@ -50,7 +50,6 @@ fn renumber(node: &Node, numbers: &[ValueId]) -> Node {
             rank: *rank,
             batch: batch.iter().map(|c| c.map(slot)).collect(),
         },
-        Work::Fill { slot: s, byte } => Work::Fill { slot: slot(s), byte: *byte },
     };
     Node { work, label: node.label.clone() }
 }
