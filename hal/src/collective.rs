@@ -383,8 +383,9 @@ fn disjoint(collective: &Collective, rank: usize) -> std::result::Result<(), Str
     collective.visit(rank, |name, access, tensor| all.push((name, access, tensor)));
     for (i, (written, _, a)) in all.iter().enumerate().filter(|(_, t)| t.1.writes()) {
         for (j, (other, _, b)) in all.iter().enumerate() {
-            let (from, to) =
-                (a.offset().max(b.offset()), |t: &Tensor| t.offset().saturating_add(t.desc().extent()));
+            let (from, to) = (a.offset().max(b.offset()), |t: &Tensor| {
+                t.offset().saturating_add(t.desc().extent())
+            });
             if i != j && a.buffer().id() == b.buffer().id() && from < to(a).min(to(b)) {
                 return Err(format!("{written} overlaps {other}"));
             }

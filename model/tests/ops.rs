@@ -107,8 +107,10 @@ fn fp8_rounds_as_torch_does() {
             x,
             q: q.clone(),
             scales: scales.clone(),
+            row_offsets: None,
             column_offset: 0,
             scale_format,
+            expected_rows: 0,
         });
         assert_eq!(bench.read_floats(&scales), [1.0]);
         let expected: Vec<u8> = part.iter().map(|p| p.1).collect();
@@ -132,7 +134,15 @@ fn activations_are_quantised_as_the_reference_does() {
     let q = bench.empty(DType::F8E4M3, &bench.shape("act.input"));
     let scales = bench.empty(DType::F32, &bench.shape("act.scale"));
     let scale_format = ScaleFormat::Float;
-    bench.run(Quantize { x, q: q.clone(), scales: scales.clone(), column_offset: 0, scale_format });
+    bench.run(Quantize {
+        x,
+        q: q.clone(),
+        scales: scales.clone(),
+        row_offsets: None,
+        column_offset: 0,
+        scale_format,
+        expected_rows: 0,
+    });
     assert_eq!(bench.read_floats(&scales), bench.floats("act.scale"));
     assert_eq!(bench.read(&q), bench.bytes("act.output"));
 }

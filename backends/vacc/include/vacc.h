@@ -1,5 +1,5 @@
 /*
- * vacc.h: a C ABI for VACC-style accelerator runtimes, version 1.0.
+ * vacc.h: a C ABI for VACC-style accelerator runtimes, version 1.1.
  *
  * This is this project's own interface. It is NOT a vendor's: no name, layout or value here comes
  * from a vendor's header. A vendor's runtime is reached through a small adapter library that
@@ -71,7 +71,7 @@ extern "C" {
 #endif
 
 #define VACC_ABI_MAJOR 1u
-#define VACC_ABI_MINOR 0u
+#define VACC_ABI_MINOR 1u
 
 /* Lengths of text fields, terminator included. */
 #define VACC_NAME_LENGTH 64u
@@ -420,6 +420,7 @@ typedef struct vacc_attention_work {
 #define VACC_OP_COPY 19u
 #define VACC_OP_ARGMAX 20u
 #define VACC_OP_TOP_K 21u
+#define VACC_OP_MOE_DISPATCH 22u /* since 1.1 */
 
 /* Row gather: out[t] = table[rows[t] - first_row], zeros where that leaves the table.
  *
@@ -459,6 +460,9 @@ typedef struct vacc_op_quantize {
   vacc_tensor scales; /* written: [T, groups], F32 */
   uint32_t column_offset; /* Columns of the first group that lie before x, so that groups line up with the blocks of a weight whose slice begins inside one */
   uint32_t scale_format; /* How scales are rounded (VACC_SCALE_*) */
+  vacc_tensor row_offsets; /* read, optional: [n + 1], I32: rows from its last element on are left as they are. More than T is a data error; since 1.1 */
+  uint32_t expected_rows; /* Rows expected to count where row_offsets is present, for cost models; 0 for all; since 1.1 */
+  uint32_t reserved_1; /* 0 */
 } vacc_op_quantize;
 
 /* Block dequantisation of a weight: out = w · scale in FP32, rounded once. */
@@ -582,6 +586,9 @@ typedef struct vacc_op_swiglu {
   uint32_t reserved; /* 0 */
   vacc_tensor x; /* read: [T, 2·I], F32 or BF16 */
   vacc_tensor out; /* written: [T, I], as x */
+  vacc_tensor row_offsets; /* read, optional: [n + 1], I32: rows from its last element on are left as they are. More than T is a data error; since 1.1 */
+  uint32_t expected_rows; /* Rows expected to count where row_offsets is present, for cost models; 0 for all; since 1.1 */
+  uint32_t reserved_1; /* 0 */
 } vacc_op_swiglu;
 
 /* The router (DeepSeek-V3 report, section 2.1.2; noaux_tc): s = sigmoid(logits); a
@@ -602,31 +609,67 @@ typedef struct vacc_op_gate {
   float scale; /* routed_scaling_factor */
 } vacc_op_gate;
 
-/* Sorts token copies by expert: for each expert in turn, the tokens that chose it, in order. */
+/* The sending half of expert parallelism: one row for each destination (a rank, or a node of
+ * ranks) that holds at least one of a token's experts, so that a token crosses each link once
+ * however many of its experts live behind it (DeepEP's dispatch layout; DeepSeek-V3 report,
+ * section 3.2). offsets are those of VACC_COLLECTIVE_ALL_TO_ALL_V. Since 1.1.
+ *
+ * Expert e lives on destination e / experts_per_destination. Rows come by destination,
+ * then by token. Rows of the outputs from offsets[D] on are left as they are. Two hops, to a
+ * node and then to a rank of it, are two of these. */
+typedef struct vacc_op_moe_dispatch {
+  uint32_t size;
+  uint32_t reserved; /* 0 */
+  vacc_tensor x; /* read: [T, H]: F32, BF16 or F8_E4M3 */
+  vacc_tensor x_scales; /* read, optional: [T, groups], F32: moves with x */
+  vacc_tensor experts; /* read: [T, k], I32; negative: no expert */
+  vacc_tensor weights; /* read: [T, k], F32 */
+  vacc_tensor replicas; /* read, optional: [total_experts, c], I32: the physical experts that stand for each logical one: those present first, then -1. Token t takes number (t + replica_offset) mod n of the n present. Absent: experts are physical already */
+  vacc_tensor row_offsets; /* read, optional: [n + 1], I32: only tokens before its last element are sent; rows of the others are -1. More than T is a data error */
+  vacc_tensor out; /* written: [R, H], as x. More rows than R are a data error; T * min(k, D) always suffice */
+  vacc_tensor out_scales; /* written, optional: [R, groups], F32 */
+  vacc_tensor out_experts; /* written: [R, k], I32: each slot's expert, counted from the destination's first; -1 for a slot whose expert lives elsewhere */
+  vacc_tensor out_weights; /* written: [R, k], F32: the token's weights, all of them */
+  vacc_tensor offsets; /* written: [D + 1], I32: where each destination's rows begin; the last is the number of rows */
+  vacc_tensor rows; /* written: [T, k], I32: the row for the first slot that goes to its destination; -1 for later slots of the token with the same one, and where there is no expert */
+  uint32_t experts_per_destination; /* Experts on each destination */
+  uint32_t total_experts; /* Experts in all, as experts numbers them. A number outside is a data error */
+  uint32_t replica_offset; /* Added to a token's number where a replica is chosen */
+  uint32_t expected_rows; /* Rows of out expected to be written, for cost models; 0 for all R */
+} vacc_op_moe_dispatch;
+
+/* Sorts token copies by expert: for each expert in turn, the tokens that chose it, in order.
+ * Rows of out beyond the copies are left as they are. */
 typedef struct vacc_op_moe_permute {
   uint32_t size;
   uint32_t reserved; /* 0 */
   vacc_tensor x; /* read: [T, H]: F32, BF16 or F8_E4M3 */
   vacc_tensor x_scales; /* read, optional: [T, groups], F32: moves with x */
-  vacc_tensor experts; /* read: [T, k], I32: global expert numbers */
+  vacc_tensor experts; /* read: [T, k], I32: global expert numbers; negative: no expert (since 1.1) */
   vacc_tensor out; /* written: [R, H], as x; R is at least the number of copies kept, at most T·k */
   vacc_tensor out_scales; /* written, optional: [R, groups], F32 */
   vacc_tensor offsets; /* written: [E + 1], I32: where each local expert's rows begin */
   vacc_tensor rows; /* written: [T, k], I32: the row of each copy, −1 where its expert is not local */
   uint32_t first_expert; /* The first local expert; E local experts follow from the length of offsets */
-  uint32_t total_experts; /* Experts in all. A number outside is a data error */
+  uint32_t total_experts; /* Experts in all. A number beyond is a data error */
+  vacc_tensor row_offsets; /* read, optional: [n + 1], I32: only tokens before its last element are copied; rows of the others are -1. More than T is a data error; since 1.1 */
+  uint32_t expected_rows; /* Rows of out expected to be written, for cost models; 0 for all R; since 1.1 */
+  uint32_t reserved_1; /* 0 */
 } vacc_op_moe_permute;
 
 /* out[t] = base[t] + Σ_j weights[t, j] · y[rows[t, j]], summed in FP32 in the order of j,
- * the base last, and rounded once. */
+ * the base last, and rounded once. Without weights each row counts once. */
 typedef struct vacc_op_moe_combine {
   uint32_t size;
   uint32_t reserved; /* 0 */
   vacc_tensor y; /* read: [R, H], F32 or BF16 */
-  vacc_tensor rows; /* read: [T, k], I32, from MoePermute; negative rows add nothing */
-  vacc_tensor weights; /* read: [T, k], F32 */
+  vacc_tensor rows; /* read: [T, k], I32, from MoePermute or MoeDispatch; negative rows add nothing */
+  vacc_tensor weights; /* read, optional (since 1.1): [T, k], F32; absent: 1 */
   vacc_tensor base; /* read, optional: [T, H], as y: the shared expert's output */
   vacc_tensor out; /* written: [T, H], as y */
+  vacc_tensor row_offsets; /* read, optional: [n + 1], I32: output rows from its last element on are left as they are. More than T is a data error; since 1.1 */
+  uint32_t expected_rows; /* Output rows expected to count where row_offsets is present, for cost models; 0 for all; since 1.1 */
+  uint32_t reserved_1; /* 0 */
 } vacc_op_moe_combine;
 
 /* out = a + b. out may be a or b. */
@@ -773,6 +816,7 @@ typedef struct vacc_comm_id {
 #define VACC_COLLECTIVE_BROADCAST 260u
 #define VACC_COLLECTIVE_SEND 261u
 #define VACC_COLLECTIVE_RECV 262u
+#define VACC_COLLECTIVE_ALL_TO_ALL_V 263u /* since 1.1 */
 
 #define VACC_REDUCE_SUM 0u
 #define VACC_REDUCE_MAX 1u
@@ -783,6 +827,10 @@ typedef struct vacc_comm_id {
  *   ALL_GATHER      send n, recv P n
  *   REDUCE_SCATTER  send P n, recv n
  *   ALL_TO_ALL      part p of send becomes part `rank` of rank p's recv; equal parts, or counts
+ *   ALL_TO_ALL_V    rows send_offsets[p] to send_offsets[p + 1] of send [R, W] go to rank p; recv [C, W]
+ *                   gets the parts from rank 0, 1, ... without gaps, its rows beyond are left as they
+ *                   are. The offsets are values in device memory, read when it runs; those that do
+ *                   not ascend from 0 to at most R, and more rows than C, are VACC_CAUSE_DATA
  *   BROADCAST       peer is the root; the tensor is `send` on every rank
  *   SEND            send, to peer
  *   RECV            recv, from peer
@@ -797,6 +845,10 @@ typedef struct vacc_collective {
   vacc_tensor recv;
   const uint64_t *send_counts; /* P elements each, or both null; read during the call only */
   const uint64_t *recv_counts;
+  vacc_tensor send_offsets; /* ALL_TO_ALL_V: [P + 1], I32; since 1.1 */
+  vacc_tensor recv_offsets; /* ALL_TO_ALL_V, optional, written: [P + 1], I32: where each rank's rows begin in recv; since 1.1 */
+  uint32_t expected_rows;   /* ALL_TO_ALL_V: rows that one rank is expected to send in all, for cost models; since 1.1 */
+  uint32_t reserved;        /* 0 */
 } vacc_collective;
 
 /* REQUIRED. An id for a new group: one rank makes it, and gives it to the others by its own means.

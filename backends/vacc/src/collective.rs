@@ -151,6 +151,13 @@ impl Wires {
                     wire.recv_counts = self.keep(&counts.recv);
                 }
             }
+            Collective::AllToAllV { send, recv, send_offsets, recv_offsets, expected_rows } => {
+                (wire.send, wire.recv) = (tensor(send)?, tensor(recv)?);
+                wire.send_offsets = tensor(send_offsets)?;
+                wire.recv_offsets =
+                    recv_offsets.as_ref().map_or_else(|| Ok(vacc_tensor::default()), tensor)?;
+                wire.expected_rows = *expected_rows;
+            }
             Collective::Broadcast { tensor: t, root } => {
                 (wire.send, wire.peer) = (tensor(t)?, number(root));
             }

@@ -124,6 +124,7 @@ codes! {
         CollectiveKind::AllGather => VACC_COLLECTIVE_ALL_GATHER => CollectiveKind::AllGather,
         CollectiveKind::ReduceScatter => VACC_COLLECTIVE_REDUCE_SCATTER => CollectiveKind::ReduceScatter,
         CollectiveKind::AllToAll => VACC_COLLECTIVE_ALL_TO_ALL => CollectiveKind::AllToAll,
+        CollectiveKind::AllToAllV => VACC_COLLECTIVE_ALL_TO_ALL_V => CollectiveKind::AllToAllV,
         CollectiveKind::Broadcast => VACC_COLLECTIVE_BROADCAST => CollectiveKind::Broadcast,
         CollectiveKind::Send => VACC_COLLECTIVE_SEND => CollectiveKind::Send,
         CollectiveKind::Recv => VACC_COLLECTIVE_RECV => CollectiveKind::Recv,
@@ -366,7 +367,13 @@ macro_rules! from_wire {
 }
 
 macro_rules! descriptors {
-    ($( $Op:ident = $code:ident, $name:ident {
+    (@least $name:ident) => {
+        size_of::<$name>()
+    };
+    (@least $name:ident $field:ident) => {
+        std::mem::offset_of!($name, $field)
+    };
+    ($( $Op:ident = $code:ident, $name:ident $(grown from $field:ident)? {
         $($role:ident $operand:ident),+ ;
         $($attr:ident : $type:ty),*
     } )+) => {
@@ -420,13 +427,15 @@ macro_rules! descriptors {
         ///
         /// # Safety
         ///
-        /// As [`read_struct`], for the struct that belongs to the code.
+        /// As [`read_grown`], for the struct that belongs to the code.
         #[expect(unsafe_code, reason = "reads a caller's descriptor")]
         pub unsafe fn decode(code: u32, descriptor: *const c_void) -> Result<Op<WireTensor>, WireError> {
             match code {
                 $( $code => {
                     // SAFETY: the caller vouches for the descriptor of this code.
-                    let wire = unsafe { read_struct::<$name>(descriptor.cast()) }?;
+                    let wire = unsafe {
+                        read_grown::<$name>(descriptor.cast(), descriptors!(@least $name $($field)?))
+                    }?;
                     Ok($Op {
                         $( $operand: from_wire!($role wire.$operand), )+
                         $( $attr: <$type>::from_wire(wire.$attr)?, )*
@@ -447,9 +456,9 @@ descriptors! {
         Read x, Read weight, MaybeUpdate residual, Write out;
         eps: f32
     }
-    Quantize = VACC_OP_QUANTIZE, vacc_op_quantize {
-        Read x, Write q, Write scales;
-        column_offset: u32, scale_format: ScaleFormat
+    Quantize = VACC_OP_QUANTIZE, vacc_op_quantize grown from row_offsets {
+        Read x, Write q, Write scales, MaybeRead row_offsets;
+        column_offset: u32, scale_format: ScaleFormat, expected_rows: u32
     }
     Dequantize = VACC_OP_DEQUANTIZE, vacc_op_dequantize {
         Read w, Read w_scales, Write out;
@@ -487,21 +496,27 @@ descriptors! {
         Read q_latent, Read q_rope, Read cache, Read block_table, Read q_starts, Read kv_lens, Write out;
         scale: f32, work: AttentionWork
     }
-    SwiGlu = VACC_OP_SWIGLU, vacc_op_swiglu {
-        Read x, Write out;
-
+    SwiGlu = VACC_OP_SWIGLU, vacc_op_swiglu grown from row_offsets {
+        Read x, Write out, MaybeRead row_offsets;
+        expected_rows: u32
     }
     Gate = VACC_OP_GATE, vacc_op_gate {
         Read logits, MaybeRead bias, Write experts, Write weights;
         groups: u32, groups_kept: u32, normalize: bool, scale: f32
     }
-    MoePermute = VACC_OP_MOE_PERMUTE, vacc_op_moe_permute {
-        Read x, MaybeRead x_scales, Read experts, Write out, MaybeWrite out_scales, Write offsets, Write rows;
-        first_expert: u32, total_experts: u32
+    MoeDispatch = VACC_OP_MOE_DISPATCH, vacc_op_moe_dispatch {
+        Read x, MaybeRead x_scales, Read experts, Read weights, MaybeRead replicas, MaybeRead row_offsets,
+        Write out, MaybeWrite out_scales, Write out_experts, Write out_weights, Write offsets, Write rows;
+        experts_per_destination: u32, total_experts: u32, replica_offset: u32, expected_rows: u32
     }
-    MoeCombine = VACC_OP_MOE_COMBINE, vacc_op_moe_combine {
-        Read y, Read rows, Read weights, MaybeRead base, Write out;
-
+    MoePermute = VACC_OP_MOE_PERMUTE, vacc_op_moe_permute grown from row_offsets {
+        Read x, MaybeRead x_scales, Read experts, MaybeRead row_offsets,
+        Write out, MaybeWrite out_scales, Write offsets, Write rows;
+        first_expert: u32, total_experts: u32, expected_rows: u32
+    }
+    MoeCombine = VACC_OP_MOE_COMBINE, vacc_op_moe_combine grown from row_offsets {
+        Read y, Read rows, MaybeRead weights, MaybeRead base, MaybeRead row_offsets, Write out;
+        expected_rows: u32
     }
     Add = VACC_OP_ADD, vacc_op_add {
         Read a, Read b, Write out;

@@ -12,7 +12,7 @@ use hal::{
 use half::bf16;
 use std::sync::Arc;
 
-const RANKS: [usize; 6] = [1, 2, 3, 4, 8, 32];
+pub(crate) const RANKS: [usize; 6] = [1, 2, 3, 4, 8, 32];
 
 pub(crate) fn add_cases(all: &mut Vec<Case>) {
     for ranks in RANKS {
@@ -83,13 +83,13 @@ struct Setting {
 }
 
 /// One rank, with what it needs.
-struct Rank {
-    number: usize,
-    stream: Arc<dyn Stream>,
-    communicator: Arc<dyn Communicator>,
+pub(crate) struct Rank {
+    pub(crate) number: usize,
+    pub(crate) stream: Arc<dyn Stream>,
+    pub(crate) communicator: Arc<dyn Communicator>,
 }
 
-fn join(lab: &Lab, size: usize) -> Verdict<Vec<Rank>> {
+pub(crate) fn join(lab: &Lab, size: usize) -> Verdict<Vec<Rank>> {
     let id = lab.die(0).communicator_id()?;
     (0..size)
         .map(|number| {
@@ -103,12 +103,12 @@ fn join(lab: &Lab, size: usize) -> Verdict<Vec<Rank>> {
 const GUARD: usize = 256;
 
 impl Rank {
-    fn submit(&self, batch: &[Collective]) -> hal::Result<()> {
+    pub(crate) fn submit(&self, batch: &[Collective]) -> hal::Result<()> {
         self.stream.submit_collectives(&self.communicator, batch, &"conformance".into())
     }
 
     /// A tensor with these bytes, between guards.
-    fn place(&self, dtype: DType, bytes: &[u8]) -> Verdict<Tensor> {
+    pub(crate) fn place(&self, dtype: DType, bytes: &[u8]) -> Verdict<Tensor> {
         let around = [&[0x77; GUARD], bytes, &[0x77; GUARD]].concat();
         let buffer = crate::lab::upload(&*self.stream, &around)?;
         let desc = TensorDesc::new(dtype, &[bytes.len() / dtype.size()]);
@@ -116,7 +116,7 @@ impl Rank {
     }
 
     /// Its bytes, after making sure of the guards.
-    fn take(&self, tensor: &Tensor) -> Verdict<Vec<u8>> {
+    pub(crate) fn take(&self, tensor: &Tensor) -> Verdict<Vec<u8>> {
         let all = read(&*self.stream, &tensor.buffer().whole())?;
         let (start, end) = (GUARD, all.len() - GUARD);
         let guards = all[..start].iter().chain(&all[end..]);
@@ -128,7 +128,7 @@ impl Rank {
 }
 
 /// Elements whose sum depends on its order, as bytes.
-fn elements(dtype: DType, n: usize, seed: u64) -> Vec<u8> {
+pub(crate) fn elements(dtype: DType, n: usize, seed: u64) -> Vec<u8> {
     let mut rng = crate::op::Rng(seed);
     let mut one = || rng.normal() * 10f64.powf(rng.unit() * 4.0 - 2.0);
     match dtype {
@@ -518,7 +518,7 @@ fn join_properties(lab: &Lab) -> Verdict {
 }
 
 /// A batch is refused, submits nothing, and leaves the group as it was.
-fn refuse(ranks: &[Rank], batch: &[Collective]) -> Verdict {
+pub(crate) fn refuse(ranks: &[Rank], batch: &[Collective]) -> Verdict {
     let before = ranks[0].stream.point().value();
     is(&refused("the batch", ranks[0].submit(batch))?, "Usage", usage)?;
     equal("commands submitted", ranks[0].stream.point().value(), before)?;

@@ -96,9 +96,10 @@ pub(crate) extern "C" fn vacc_comm_submit(
         }
         let mut collectives = Vec::with_capacity(count as usize);
         for i in 0..count as usize {
+            let least = std::mem::offset_of!(vacc_collective, send_offsets);
             // SAFETY: the header obliges callers to pass `count` structs, each as large as the
             // first says.
-            let wire = unsafe { nth_struct(batch, i) }?;
+            let wire = unsafe { nth_struct(batch, i, least) }?;
             collectives.push(collective(&wire, rank.communicator.size())?);
         }
         let submitted = owned.stream.submit_collectives(&rank.communicator, &collectives, &label);
@@ -138,6 +139,16 @@ fn collective(wire: &vacc_collective, ranks: usize) -> Outcome<Collective> {
         CollectiveKind::AllToAll => {
             Collective::AllToAll { send: send()?, recv: recv()?, counts: counts(wire, ranks)? }
         }
+        CollectiveKind::AllToAllV => Collective::AllToAllV {
+            send: send()?,
+            recv: recv()?,
+            send_offsets: present(&wire.send_offsets, "send_offsets")?,
+            recv_offsets: match wire::optional(&wire.recv_offsets)? {
+                Some(offsets) => Some(tensor(&offsets)?),
+                None => None,
+            },
+            expected_rows: wire.expected_rows,
+        },
         CollectiveKind::Broadcast => Collective::Broadcast { tensor: send()?, root: peer },
         CollectiveKind::Send => Collective::Send { tensor: send()?, peer },
         CollectiveKind::Recv => Collective::Recv { tensor: recv()?, peer },

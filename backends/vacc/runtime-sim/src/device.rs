@@ -176,7 +176,8 @@ pub(crate) extern "C" fn vacc_device_set_faults(
         for i in 0..count as usize {
             // SAFETY: the header obliges callers to pass `count` structs, each as large as the
             // first says; the first is read, and so checked, before any other.
-            let rule = unsafe { crate::stream::nth_struct(rules, i) }?;
+            let rule =
+                unsafe { crate::stream::nth_struct(rules, i, size_of::<vacc_fault_rule>()) }?;
             plan.push(fault_rule(&rule)?);
         }
         die.device.set_faults(Some(Arc::new(FaultPlan::new(plan)))).map_err(|e| die.refused(e))

@@ -15,6 +15,8 @@ mod bindings;
 
 pub use bindings::*;
 
+use std::mem::MaybeUninit;
+
 /// Why a struct that came through the ABI is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StructError {
@@ -50,7 +52,23 @@ fn name<T>() -> &'static str {
     std::any::type_name::<T>().rsplit("::").next().unwrap_or("a struct")
 }
 
-/// Reads a size-first struct of whatever version.
+/// Reads a size-first struct of whatever version, which has not grown since version 1.0.
+///
+/// # Errors
+///
+/// As the header says: null, too small, or larger with unknown fields in use.
+///
+/// # Safety
+///
+/// As [`read_grown`].
+#[expect(unsafe_code, reason = "reads a caller's struct")]
+pub unsafe fn read_struct<T: Copy>(at: *const T) -> Result<T, StructError> {
+    // SAFETY: passed on.
+    unsafe { read_grown(at, size_of::<T>()) }
+}
+
+/// Reads a size-first struct of whatever version, of which version 1.0 had the first `least` bytes.
+/// Fields that the caller's version did not have are zero.
 ///
 /// # Errors
 ///
@@ -61,15 +79,22 @@ fn name<T>() -> &'static str {
 /// Unless null, `at` is readable for four bytes, and for as many as these say. `T` is a struct of
 /// `vacc.h`, so its first field is its size and every pattern of bits is a value.
 #[expect(unsafe_code, reason = "reads a caller's struct")]
-pub unsafe fn read_struct<T: Copy>(at: *const T) -> Result<T, StructError> {
+pub unsafe fn read_grown<T: Copy>(at: *const T, least: usize) -> Result<T, StructError> {
     let known = size_of::<T>();
     if at.is_null() {
         return Err(StructError::Null(name::<T>()));
     }
     // SAFETY: not null, and the caller vouches for the first four bytes.
     let size = unsafe { at.cast::<u32>().read_unaligned() } as usize;
+    if size < least {
+        return Err(StructError::TooSmall { name: name::<T>(), size, expected: least });
+    }
     if size < known {
-        return Err(StructError::TooSmall { name: name::<T>(), size, expected: known });
+        let mut value = MaybeUninit::<T>::zeroed();
+        // SAFETY: `size` bytes are readable, and fewer than `value` has; they do not overlap.
+        unsafe { value.as_mut_ptr().cast::<u8>().copy_from(at.cast(), size) };
+        // SAFETY: any bits are a `T`, and all were set.
+        return Ok(unsafe { value.assume_init() });
     }
     // SAFETY: the caller vouches for `size` bytes, which lie within the claimed struct.
     let beyond = |i: usize| unsafe { at.cast::<u8>().add(i).read() };
@@ -138,6 +163,17 @@ mod tests {
             grown.known.size = size;
             assert!(matches!(read(&grown), Err(StructError::TooSmall { .. })), "{size}");
         }
+        let mut short = vacc_op_swiglu { expected_rows: 9, ..vacc_op_swiglu::default() };
+        let least = std::mem::offset_of!(vacc_op_swiglu, row_offsets);
+        short.size = least as u32;
+        short.x.rank = 2;
+        // SAFETY: the struct is larger than its size field says.
+        let read = unsafe { read_grown(&raw const short, least) }.unwrap();
+        assert_eq!((read.x.rank, read.expected_rows), (2, 0), "what 1.0 did not have is zero");
+        short.size -= 1;
+        // SAFETY: as above.
+        let read = unsafe { read_grown(&raw const short, least) };
+        assert!(matches!(read, Err(StructError::TooSmall { expected, .. }) if expected == least));
         // SAFETY: null is what is tested.
         let null = unsafe { read_struct::<vacc_link>(std::ptr::null()) };
         assert!(matches!(null, Err(StructError::Null("vacc_link"))));

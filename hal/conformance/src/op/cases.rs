@@ -156,15 +156,28 @@ fn add_rowwise(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DT
             let grid = BlockGrid { column_offset, ..BlockGrid::default() };
             let (x, q) = (m.strided(t, h), m.random_of(DType::F8E4M3, &[t, h]));
             let scales = m.scales(&[t, grid.scale_columns(h)]);
-            add("quantize", Quantize { x, q, scales, column_offset, scale_format }.into());
+            // All rows, or those before the last offset.
+            let row_offsets = (column_offset == 65).then(|| ints(&[0, 7, t as i32 / 2]));
+            let quantize = Quantize {
+                x,
+                q,
+                scales,
+                row_offsets,
+                column_offset,
+                scale_format,
+                expected_rows: 0,
+            };
+            add("quantize", quantize.into());
         }
         let grid = BlockGrid { row_offset: 1, column_offset: 2, segments: 2 };
         let w = m.random_of(DType::F8E4M3, &[2, 2 * t, h]);
         let w_scales = m.scales(&[2, grid.scale_rows(2 * t), grid.scale_columns(h)]);
         let out = m.random(&[2, 2 * t, h]);
         add("dequantize", Dequantize { w, w_scales, out, grid }.into());
-        let (x, out) = (m.strided(t, 2 * h), m.strided(t, h));
-        add("swiglu", SwiGlu { x, out }.into());
+        for row_offsets in [None, Some(ints(&[t as i32 - t as i32 / 3]))] {
+            let (x, out) = (m.strided(t, 2 * h), m.strided(t, h));
+            add("swiglu", SwiGlu { x, out, row_offsets, expected_rows: 0 }.into());
+        }
         let (a, b) = (m.strided(t, h), m.strided(t, h));
         add("add", Add { a: a.clone(), b: b.clone(), out: m.strided(t, h) }.into());
         add("add/to_a", Add { a: a.clone(), b: b.clone(), out: a.clone() }.into());
@@ -307,29 +320,69 @@ fn add_experts(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DT
             };
             add("gate", gate.into());
         }
-        let experts = || matrix(ints(&chosen), &[t, k]);
+        let some: Vec<i32> =
+            chosen.iter().enumerate().map(|(i, &e)| if i % 3 == 2 { -1 } else { e }).collect();
+        let counted = |part: bool| part.then(|| ints(&[0, t as i32 - t as i32 / 4]));
         for (first_expert, local) in [(0, e), (1, e - 2)] {
             let fp8 = dtype == DType::F8E4M3;
             let permute = MoePermute {
                 x: m.random(&[t, 10]),
                 x_scales: fp8.then(|| m.scales(&[t, 1])),
-                experts: experts(),
+                experts: matrix(ints(if first_expert == 0 { &chosen } else { &some }), &[t, k]),
+                row_offsets: counted(first_expert == 1),
                 out: m.random(&[t * k, 10]),
                 out_scales: fp8.then(|| m.scales(&[t * k, 1])),
                 offsets: m.random_of(DType::I32, &[local + 1]),
                 rows: m.random_of(DType::I32, &[t, k]),
                 first_expert,
                 total_experts: e as u32,
+                expected_rows: 0,
             };
             add("moe_permute", permute.into());
         }
+        // To one rank, to every expert a rank, and to some, with each expert twice there.
+        for (destinations, each, copies) in [(1, e, 1), (e, 1, 1), (4, e / 2, 2)] {
+            let fp8 = dtype == DType::F8E4M3;
+            let room = t * k.min(destinations) + 1;
+            // Where there are two, all but the first logical expert have both.
+            let replica = |i: usize| match (i / 2, i % 2) {
+                (0, 1) => -1,
+                (logical, number) => (logical + number * e) as i32,
+            };
+            let table: Vec<i32> = (0..e * 2).map(replica).collect();
+            let dispatch = MoeDispatch {
+                x: m.random(&[t, 10]),
+                x_scales: fp8.then(|| m.scales(&[t, 1])),
+                experts: matrix(ints(if copies == 1 { &chosen } else { &some }), &[t, k]),
+                weights: m.random_of(DType::F32, &[t, k]),
+                replicas: (copies == 2).then(|| matrix(ints(&table), &[e, 2])),
+                row_offsets: counted(copies == 2),
+                out: m.random(&[room, 10]),
+                out_scales: fp8.then(|| m.scales(&[room, 1])),
+                out_experts: m.random_of(DType::I32, &[room, k]),
+                out_weights: m.random_of(DType::F32, &[room, k]),
+                offsets: m.random_of(DType::I32, &[destinations + 1]),
+                rows: m.random_of(DType::I32, &[t, k]),
+                experts_per_destination: each as u32,
+                total_experts: e as u32,
+                replica_offset: 3,
+                expected_rows: 0,
+            };
+            add(&format!("moe_dispatch/to{destinations}"), dispatch.into());
+        }
         if dtype != DType::F8E4M3 {
-            for base in [None, Some(m.strided(t, 10))] {
+            for (number, base) in
+                [None, Some(m.strided(t, 10)), Some(m.strided(t, 10))].into_iter().enumerate()
+            {
                 let rows: Vec<i32> =
                     (0..t * k).map(|i| if i % 4 == 3 { -1 } else { i as i32 }).collect();
                 let (y, weights) = (m.random(&[t * k, 10]), m.random_of(DType::F32, &[t, k]));
                 let (rows, out) = (matrix(ints(&rows), &[t, k]), m.random(&[t, 10]));
-                add("moe_combine", MoeCombine { y, rows, weights, base, out }.into());
+                let (weights, row_offsets) =
+                    ((number != 2).then_some(weights), counted(number == 2));
+                let combine =
+                    MoeCombine { y, rows, weights, base, row_offsets, out, expected_rows: 0 };
+                add("moe_combine", combine.into());
             }
         }
     }
@@ -382,23 +435,64 @@ pub fn hostile() -> Vec<(&'static str, Op<HostTensor>, &'static str)> {
         }
         .into()
     };
-    let permute = |expert: i32| -> Op<HostTensor> {
+    let permute = |expert: i32, row_offsets: Option<HostTensor>| -> Op<HostTensor> {
         MoePermute {
             x: f(&[1, 2]),
             x_scales: None,
             experts: matrix(ints(&[expert]), &[1, 1]),
+            row_offsets,
             out: f(&[1, 2]),
             out_scales: None,
             offsets: ints(&[0, 0, 0]),
             rows: matrix(ints(&[0]), &[1, 1]),
             first_expert: 0,
             total_experts: 2,
+            expected_rows: 0,
         }
         .into()
     };
-    let combine = |row: i32| -> Op<HostTensor> {
-        let rows = matrix(ints(&[row]), &[1, 1]);
-        MoeCombine { y: f(&[1, 2]), rows, weights: f(&[1, 1]), base: None, out: f(&[1, 2]) }.into()
+    // Two tokens with two experts each, for two ranks with two experts each.
+    let dispatch = |experts: &[i32], replicas: Option<&[i32]>, room: usize, last: i32| {
+        let rows = ints(&[0; 4]);
+        Op::from(MoeDispatch {
+            x: f(&[2, 3]),
+            x_scales: None,
+            experts: matrix(ints(experts), &[2, 2]),
+            weights: f(&[2, 2]),
+            replicas: replicas.map(|r| matrix(ints(r), &[4, 1])),
+            row_offsets: Some(ints(&[last])),
+            out: f(&[room, 3]),
+            out_scales: None,
+            out_experts: matrix(ints(&vec![0; room * 2]), &[room, 2]),
+            out_weights: f(&[room, 2]),
+            offsets: ints(&[0; 3]),
+            rows: matrix(rows, &[2, 2]),
+            experts_per_destination: 2,
+            total_experts: 4,
+            replica_offset: 0,
+            expected_rows: 0,
+        })
+    };
+    let combine = |row: i32, last: i32| -> Op<HostTensor> {
+        let (rows, row_offsets) = (matrix(ints(&[row]), &[1, 1]), Some(ints(&[0, last])));
+        let (y, weights, out) = (f(&[1, 2]), Some(f(&[1, 1])), f(&[1, 2]));
+        MoeCombine { y, rows, weights, base: None, row_offsets, out, expected_rows: 0 }.into()
+    };
+    let swiglu = |last: i32| -> Op<HostTensor> {
+        let row_offsets = Some(ints(&[last]));
+        SwiGlu { x: f(&[2, 4]), out: f(&[2, 2]), row_offsets, expected_rows: 0 }.into()
+    };
+    let quantize = |last: i32| -> Op<HostTensor> {
+        Quantize {
+            x: f(&[2, 4]),
+            q: tensor(DType::F8E4M3, &[2, 4], |_| 1.0),
+            scales: f(&[2, 1]),
+            row_offsets: Some(ints(&[last])),
+            column_offset: 0,
+            scale_format: ScaleFormat::Float,
+            expected_rows: 0,
+        }
+        .into()
     };
     let write = |slot: i32| -> Op<HostTensor> {
         let (latent, k_rope) = (f(&[1, 3]), f(&[1, 2]));
@@ -434,9 +528,26 @@ pub fn hostile() -> Vec<(&'static str, Op<HostTensor>, &'static str)> {
         ("negative keys", decode(&[0, 1], &[0, 2], &[-4]), "-4 keys"),
         ("fewer keys than queries", decode(&[0, 1], &[0, 2], &[1]), "2 queries but 1 keys"),
         ("starts", decode(&[0, 1], &[0, 3], &[4]), "at most 2"),
-        ("expert", permute(2), "expert 2"),
-        ("negative expert", permute(-1), "expert -1"),
-        ("row", combine(1), "row 1 of token 0"),
+        ("expert", permute(2, None), "expert 2"),
+        ("permuted rows beyond", permute(0, Some(ints(&[2]))), "end at 2"),
+        ("row", combine(1, 1), "row 1 of token 0"),
+        ("combined rows beyond", combine(0, 2), "end at 2"),
+        ("gated rows beyond", swiglu(3), "end at 3"),
+        ("negative gated rows", swiglu(-1), "end at -1"),
+        ("quantised rows beyond", quantize(3), "end at 3"),
+        ("expert to dispatch", dispatch(&[0, 1, 2, 4], None, 4, 2), "expert 4 of token 1"),
+        ("tokens to dispatch", dispatch(&[0, 1, 2, 3], None, 4, 3), "end at 3"),
+        (
+            "room for what is sent",
+            dispatch(&[0, 2, 1, 3], None, 3, 2),
+            "4 rows to send do not fit 3",
+        ),
+        (
+            "no replica",
+            dispatch(&[0, 1, 2, 3], Some(&[0, 1, -1, 3]), 4, 2),
+            "expert 2 has no replica",
+        ),
+        ("replica", dispatch(&[0, 1, 2, 3], Some(&[0, 4, 2, 3]), 4, 2), "physical expert 4"),
         ("slot", write(8), "slot 8"),
         ("gathered row", gather(4), "row 4"),
         ("negative gathered row", gather(-1), "row -1"),

@@ -2,7 +2,7 @@
 //! no care for speed.
 
 use super::host::HostTensor;
-use hal::op::{BlockGrid, FP8_BLOCK, ScaleFormat};
+use hal::op::{BlockGrid, FP8_BLOCK, MoeDispatch, ScaleFormat};
 use hal::{DType, Op, TensorDesc};
 use half::bf16;
 use std::sync::LazyLock;
@@ -75,6 +75,17 @@ impl Values {
     }
 }
 
+/// How many of `all` rows count.
+fn counted(row_offsets: &Option<HostTensor>, all: usize) -> usize {
+    row_offsets.as_ref().map_or(all, |offsets| get(offsets).v.last().map_or(0, |&n| n as usize))
+}
+
+/// These rows, and what is left alone up to the size of the tensor.
+fn padded(mut rows: Vec<f64>, to: &HostTensor) -> Vec<f64> {
+    rows.resize(to.desc.elements(), f64::NAN);
+    rows
+}
+
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
@@ -105,6 +116,47 @@ fn descending(values: &[f64]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..values.len()).collect();
     order.sort_by(|&a, &b| values[b].total_cmp(&values[a]));
     order
+}
+
+/// One destination after the other, each token in turn.
+fn dispatch(o: &MoeDispatch<HostTensor>) -> Vec<Vec<f64>> {
+    let (x, chosen, weights) = (get(&o.x), get(&o.experts), get(&o.weights));
+    let (tokens, k) = (counted(&o.row_offsets, chosen.d.dim(0)), chosen.d.dim(1));
+    let replicas = o.replicas.as_ref().map(get);
+    let physical = |t: usize, expert: f64| match &replicas {
+        Some(replicas) if expert >= 0.0 => {
+            let present: Vec<f64> =
+                replicas.row(expert as usize).iter().copied().filter(|&r| r >= 0.0).collect();
+            present[(t + o.replica_offset as usize) % present.len()]
+        }
+        _ => expert,
+    };
+    let each = f64::from(o.experts_per_destination);
+    let (mut offsets, mut rows) = (vec![0.0], vec![-1.0; chosen.v.len()]);
+    let (mut sources, mut experts) = (Vec::new(), Vec::new());
+    for d in 0..o.offsets.desc.dim(0) - 1 {
+        let first = d as f64 * each;
+        for t in 0..tokens {
+            let there: Vec<f64> = chosen.row(t).iter().map(|&e| physical(t, e) - first).collect();
+            let lives = |e: &f64| (0.0..each).contains(e);
+            if let Some(j) = there.iter().position(lives) {
+                rows[t * k + j] = sources.len() as f64;
+                sources.push(t);
+                experts.extend(there.iter().map(|e| if lives(e) { *e } else { -1.0 }));
+            }
+        }
+        offsets.push(sources.len() as f64);
+    }
+    let gather = |from: &Values, to: &HostTensor| {
+        padded(sources.iter().flat_map(|&t| from.row(t).to_vec()).collect(), to)
+    };
+    let mut out = vec![gather(&x, &o.out)];
+    if let (Some(from), Some(to)) = (&o.x_scales, &o.out_scales) {
+        out.push(gather(&get(from), to));
+    }
+    let weights = gather(&weights, &o.out_weights);
+    out.extend([padded(experts, &o.out_experts), weights, offsets, rows]);
+    out
 }
 
 /// The values that an op writes, in the order of its written operands. Rows that an op leaves
@@ -144,7 +196,7 @@ pub fn run(op: &Op<HostTensor>) -> Vec<Vec<f64>> {
             let grid = BlockGrid { column_offset: o.column_offset, ..BlockGrid::default() };
             let columns = x.d.dim(1);
             let (mut q, mut scales) = (Vec::new(), Vec::new());
-            for row in x.v.chunks(columns) {
+            for row in x.v.chunks(columns).take(counted(&o.row_offsets, x.d.dim(0))) {
                 for group in 0..grid.scale_columns(columns) {
                     let part = &row[grid.group_columns(group, columns)];
                     let amax = part.iter().fold(1e-4f32, |m, v| m.max(v.abs() as f32));
@@ -156,7 +208,7 @@ pub fn run(op: &Op<HostTensor>) -> Vec<Vec<f64>> {
                     q.extend(part.iter().map(|v| e4m3(nearest_e4m3(f64::from(*v as f32 / scale)))));
                 }
             }
-            vec![q, scales]
+            vec![padded(q, &o.q), padded(scales, &o.scales)]
         }
         Op::Dequantize(o) => {
             let (w, scales) = (get(&o.w), get(&o.w_scales));
@@ -307,13 +359,12 @@ pub fn run(op: &Op<HostTensor>) -> Vec<Vec<f64>> {
         Op::SwiGlu(o) => {
             let x = get(&o.x);
             let inner = x.d.dim(1) / 2;
-            let rows = x.v.chunks(2 * inner);
+            let rows = x.v.chunks(2 * inner).take(counted(&o.row_offsets, x.d.dim(0)));
             let gated = |row: &[f64], i: usize| row[i] * sigmoid(row[i]) * row[inner + i];
-            vec![
-                rows.flat_map(|row| (0..inner).map(|i| gated(row, i)).collect::<Vec<_>>())
-                    .collect(),
-            ]
+            let out = rows.flat_map(|row| (0..inner).map(|i| gated(row, i)).collect::<Vec<_>>());
+            vec![padded(out.collect(), &o.out)]
         }
+        Op::MoeDispatch(o) => dispatch(o),
         Op::Gate(o) => {
             let logits = get(&o.logits);
             let (experts, k) = (logits.d.dim(1), o.experts.desc.dim(1));
@@ -346,9 +397,10 @@ pub fn run(op: &Op<HostTensor>) -> Vec<Vec<f64>> {
             let (local, k) = (o.offsets.desc.dim(0) - 1, chosen.d.dim(1));
             let (mut offsets, mut rows) = (vec![0.0], vec![-1.0; chosen.v.len()]);
             let mut copies = Vec::new();
+            let tokens = counted(&o.row_offsets, chosen.d.dim(0));
             for e in 0..local {
-                for (copy, &expert) in chosen.v.iter().enumerate() {
-                    if expert as usize == o.first_expert as usize + e {
+                for (copy, &expert) in chosen.v.iter().take(tokens * k).enumerate() {
+                    if expert == (o.first_expert as usize + e) as f64 {
                         rows[copy] = copies.len() as f64;
                         copies.push(copy / k);
                     }
@@ -356,9 +408,7 @@ pub fn run(op: &Op<HostTensor>) -> Vec<Vec<f64>> {
                 offsets.push(copies.len() as f64);
             }
             let gather = |from: &Values, to: &HostTensor| {
-                let mut out: Vec<f64> = copies.iter().flat_map(|&t| from.row(t).to_vec()).collect();
-                out.resize(to.desc.elements(), f64::NAN);
-                out
+                padded(copies.iter().flat_map(|&t| from.row(t).to_vec()).collect(), to)
             };
             let mut out = vec![gather(&x, &o.out)];
             if let (Some(from), Some(to)) = (&o.x_scales, &o.out_scales) {
@@ -368,12 +418,13 @@ pub fn run(op: &Op<HostTensor>) -> Vec<Vec<f64>> {
             out
         }
         Op::MoeCombine(o) => {
-            let (y, rows, weights) = (get(&o.y), get(&o.rows), get(&o.weights));
+            let (y, rows, weights) = (get(&o.y), get(&o.rows), o.weights.as_ref().map(get));
             let base = o.base.as_ref().map(get);
             let mut out = Vec::new();
-            for t in 0..rows.d.dim(0) {
+            for t in 0..counted(&o.row_offsets, rows.d.dim(0)) {
                 let mut row = base.as_ref().map_or(vec![0.0; y.d.dim(1)], |b| b.row(t).to_vec());
-                for (&from, weight) in rows.row(t).iter().zip(weights.row(t)) {
+                for (j, &from) in rows.row(t).iter().enumerate() {
+                    let weight = weights.as_ref().map_or(1.0, |weights| weights.row(t)[j]);
                     if from >= 0.0 {
                         row.iter_mut()
                             .zip(y.row(from as usize))
@@ -382,7 +433,7 @@ pub fn run(op: &Op<HostTensor>) -> Vec<Vec<f64>> {
                 }
                 out.extend(row);
             }
-            vec![out]
+            vec![padded(out, &o.out)]
         }
         Op::Add(o) => {
             let (a, b) = (get(&o.a), get(&o.b));
