@@ -9,6 +9,7 @@ use model::checkpoint::Checkpoint;
 use model::engine::{
     Engine, EngineError, EngineOptions, FinishReason, GenerationOptions, Sequence, Wanted,
 };
+use model::plan::ParallelPlan;
 use model::sampling::SamplingParams;
 use sim::{Machine, Mode, Options, System};
 
@@ -155,13 +156,32 @@ fn what_does_not_fit_is_refused_before_loading() {
     let options = Options { mode: Mode::TimingOnly, threads: Some(1) };
     let device = System::new(machine, options).unwrap().open(DeviceId(0)).unwrap();
     let stream = device.stream("hog").unwrap();
-    let _hog = stream.alloc(device.properties().memory_bytes - (16 << 20)).unwrap();
     let checkpoint = Checkpoint::open(&tiny_dir()).unwrap();
     let opts = EngineOptions { max_model_len: 163_840, ..common::options(Numerics::Bf16) };
-    let error = Engine::load(device, &checkpoint, opts, &mut |_| {}).unwrap_err();
-    assert!(matches!(error, EngineError::DoesNotFit { .. }), "{error}");
-    for words in ["weights", "KV cache", "workspace", "more memory"] {
-        assert!(error.to_string().contains(words), "{error}");
+    let capacity = device.properties().memory_bytes;
+    for (free, words) in [(64 << 20, "the longest context that fits is"), (8 << 20, "more memory")] {
+        let _hog = stream.alloc(capacity - free).unwrap();
+        let error = Engine::load(device.clone(), &checkpoint, opts, &mut |_| {}).unwrap_err();
+        assert!(matches!(error, EngineError::DoesNotFit { .. }), "{error}");
+        for words in ["weights", "KV cache", "workspace", words] {
+            assert!(error.to_string().contains(words), "{error}");
+        }
+        // What is said to fit does, and a page more does not.
+        let text = error.to_string();
+        if let Some(rest) = text.split("fits is ").nth(1) {
+            let tokens: usize = rest.split(' ').next().unwrap().parse().unwrap();
+            let load = |max_model_len| {
+                let opts = EngineOptions { max_model_len, ..opts };
+                Engine::timing_only(
+                    vec![device.clone()],
+                    ParallelPlan::single(checkpoint.config()),
+                    checkpoint.config().clone(),
+                    opts,
+                )
+            };
+            load(tokens).unwrap();
+            load(tokens + opts.page_size).unwrap_err();
+        }
     }
 }
 
