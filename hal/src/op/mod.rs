@@ -15,12 +15,14 @@
 //! depend on how many rows there are, so batching never changes a result by a bit.
 
 mod check;
+mod exact;
 mod work;
 
 pub use check::check;
 pub use work::{AttentionWork, Routing, Work, work};
 
 use crate::{Operand, TensorDesc};
+use serde::{Deserialize, Serialize};
 use std::convert::Infallible;
 
 /// Edge of an FP8 weight block, and length of an activation's quantisation group (DeepSeek-V3
@@ -55,7 +57,7 @@ impl Access {
 /// A rank of a tensor-parallel group may hold rows or columns that begin in the middle of a
 /// 128-block (DeepSeek-V3 over 32 ranks: 64 expert columns each). It then keeps the scale of every
 /// block that it touches, and says how far into the first block its slice begins.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct BlockGrid {
     /// Rows of the first block row that lie before the slice, 0..128.
     pub row_offset: u32,
@@ -99,7 +101,8 @@ impl BlockGrid {
 }
 
 /// How activation scales are stored.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ScaleFormat {
     /// Any FP32 value: DeepSeek-V3.
     #[default]
@@ -179,7 +182,7 @@ macro_rules! ops {
     )+) => {
         $(
             $(#[$doc])*
-            #[derive(Clone, Debug, PartialEq)]
+            #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
             pub struct $Op<T> {
                 $( $(#[$operand_doc])* pub $operand: $role<T>, )+
                 $($( $(#[$attr_doc])* pub $attr: $attr_type, )+)?
@@ -209,10 +212,12 @@ macro_rules! ops {
         )+
 
         /// A computation on a device, over operands of type `T`. See the module for conventions.
-        #[derive(Clone, Debug, PartialEq)]
+        ///
+        /// In files it is an object whose one key is the op's name.
+        #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
         #[non_exhaustive]
         pub enum Op<T = crate::Tensor> {
-            $( $(#[$doc])* $Op($Op<T>), )+
+            $( $(#[$doc])* #[serde(rename = $name)] $Op($Op<T>), )+
         }
 
         /// The kind of an [`Op`].
@@ -307,6 +312,7 @@ ops! {
         Write out,
         ;
         /// Added to the mean square.
+        #[serde(with = "exact")]
         eps: f32,
     }
 
@@ -454,6 +460,7 @@ ops! {
         Write out,
         ;
         /// Softmax scale.
+        #[serde(with = "exact")]
         scale: f32,
         /// How much there is to do.
         work: AttentionWork,
@@ -478,6 +485,7 @@ ops! {
         Write out,
         ;
         /// Softmax scale; that of the expanded form, never from the latent width.
+        #[serde(with = "exact")]
         scale: f32,
         /// How much there is to do.
         work: AttentionWork,
@@ -519,6 +527,7 @@ ops! {
         /// Whether weights are divided by their sum (plus 1e-20).
         normalize: bool,
         /// `routed_scaling_factor`.
+        #[serde(with = "exact")]
         scale: f32,
     }
 

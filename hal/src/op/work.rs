@@ -2,10 +2,11 @@
 
 use super::*;
 use crate::DType;
+use serde::{Deserialize, Serialize};
 
 /// What attention has to do: host knowledge that shapes do not carry, because sequence lengths
 /// are values in device memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct AttentionWork {
     /// Pairs of a query token and a key that it sees, over all sequences.
     pub pairs: u64,
@@ -23,7 +24,7 @@ impl AttentionWork {
 }
 
 /// How the rows of a [`GroupedLinear`] came about.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Routing {
     /// Rows expected here: on one rank, tokens times experts per token.
     pub rows: u32,

@@ -32,6 +32,8 @@ Examples:
   dsv3-run --machine h800 --numerics bf16 --json -       machine-readable, on another machine
   dsv3-run --backend vacc --vacc-runtime libvaccrt.so    through a card's runtime library
   dsv3-run logits --token-ids 0,1022,267 --out logits.safetensors
+  dsv3-run --record run.hal                              write every device command to a file,
+  dsv3-run replay run.hal --backend vacc                 and run it again elsewhere: a bug report
   dsv3-run checkpoint inspect DIR                        is this checkpoint complete?
 
 Exit status: 0 success, 1 the run failed (device, runtime), 2 unusable input.";
@@ -42,6 +44,8 @@ pub(crate) enum Command {
     Logits(LogitsArgs),
     /// Answer a list of questions and count exact matches.
     Eval(EvalArgs),
+    /// Run a recording again, without the model, and compare what comes back.
+    Replay(ReplayArgs),
     /// Look into checkpoints, or make one with random weights.
     Checkpoint {
         #[command(subcommand)]
@@ -112,6 +116,23 @@ pub(crate) struct ModelArgs {
     pub(crate) prefill_chunk: usize,
     #[command(flatten)]
     pub(crate) system: SystemArgs,
+    #[command(flatten)]
+    pub(crate) recording: RecordingArgs,
+}
+
+/// Whether and how to record.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct RecordingArgs {
+    /// Write every command that reaches the device, the weights and inputs that are written and
+    /// the bytes that are read back, to a file for `dsv3-run replay`: all that somebody without
+    /// your model or card needs to see what you see. As large as the weights. A run that fails
+    /// leaves a recording too. It holds the prompt and the command line.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record: Option<PathBuf>,
+    /// With --record: also hash what every op writes, so that a replay names the first op whose
+    /// result differs. Adds copies to the commands, so times are not those of a plain run.
+    #[arg(long, requires = "record")]
+    pub(crate) record_all: bool,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -223,6 +244,52 @@ pub(crate) struct DevicesArgs {
     /// Print one JSON object and nothing else.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Makes the recorded commands again, in the recorded order, with the recorded weights and inputs,
+/// on any backend, and compares every byte that the recorded run read back, and every failure.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = REPLAY)]
+pub(crate) struct ReplayArgs {
+    /// A file that --record wrote.
+    pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) system: SystemArgs,
+    /// Accept floats that differ by at most this part of the largest magnitude in the same read,
+    /// e.g. 1e-2 for another backend's rounding; by default every byte must be equal. Integers,
+    /// token ids for one, must be equal always. Hashes of --record-all are then not judged.
+    #[arg(long, value_name = "REL", value_parser = parse_tolerance)]
+    pub(crate) tolerance: Option<::replay::Tolerance>,
+    /// Longest wait for a command that completed at recording.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) timeout: u64,
+    /// Replay a recording that has no end, because its process was killed (FILE.partial), as far as
+    /// it goes.
+    #[arg(long)]
+    pub(crate) unfinished: bool,
+    /// Print the commands as text, one a line, and run nothing.
+    #[arg(long, conflicts_with_all = ["json", "tolerance"])]
+    pub(crate) dump: bool,
+    /// Print one JSON object and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+const REPLAY: &str = "\
+Examples:
+  dsv3-run --backend vacc --record run.hal               the run that goes wrong
+  dsv3-run replay run.hal --backend vacc                 does the card give the same again?
+  dsv3-run replay run.hal --tolerance 1e-2               does the simulator give nearly the same?
+  dsv3-run replay run.hal --dump | less                  what was it told to do?
+A difference is shown with the command that last wrote the bytes. If that is far from the cause,
+record once more with --record-all: then the first op whose output differs is found.
+
+Exit status: 0 everything as recorded (a recorded failure that happened again included),
+1 differences, or a recorded failure that did not happen again, 2 unusable file.";
+
+fn parse_tolerance(text: &str) -> Result<::replay::Tolerance, String> {
+    let relative = text.parse().ok().and_then(::replay::Tolerance::new);
+    relative.ok_or_else(|| format!("{text:?} is no tolerance; expected e.g. 1e-3"))
 }
 
 /// Token ids from the command line.

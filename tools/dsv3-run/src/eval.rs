@@ -29,7 +29,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let prompts =
         questions.iter().map(|q| source.chat(&q.question)).collect::<Result<Vec<_>, _>>()?;
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(1);
-    let running = system::open(&args.model.system)?;
+    let running = system::open(&args.model)?;
     let mut engine = source.engine(&args.model, &running, longest + args.max_tokens, false)?;
     let options = GenerationOptions {
         max_tokens: args.max_tokens,
@@ -54,6 +54,8 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
             }));
         }
     }
+    drop(engine);
+    running.finish()?;
     let accuracy = exact as f64 / questions.len().max(1) as f64;
     let mut out = std::io::stdout();
     if args.json {

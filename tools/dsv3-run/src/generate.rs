@@ -41,7 +41,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let to_stdout = args.json.as_deref() == Some("-");
     let source = Source::open(&args.model)?;
     let prompt = prompt(args, &source)?;
-    let running = system::open(&args.model.system)?;
+    let running = system::open(&args.model)?;
     let tokens = prompt.len().saturating_add(args.max_tokens);
     let mut engine = source.engine(&args.model, &running, tokens, false)?;
     // Loading is over: only what the request costs is counted.
@@ -132,7 +132,7 @@ fn release(engine: Engine, running: &system::Running) -> anyhow::Result<()> {
     engine.device().set_trace(None)?;
     drop(engine);
     match running.leaks() {
-        None | Some(0) => Ok(()),
+        None | Some(0) => running.finish(),
         Some(n) => anyhow::bail!("--validate: {n} buffers are still allocated at the end"),
     }
 }

@@ -10,12 +10,14 @@ use std::io::Write;
 
 pub(crate) fn run(args: &LogitsArgs) -> anyhow::Result<()> {
     let source = Source::open(&args.model)?;
-    let running = system::open(&args.model.system)?;
+    let running = system::open(&args.model)?;
     let tokens = &args.token_ids.0;
     let mtp = source.checkpoint.has_mtp()?;
     let mut engine = source.engine(&args.model, &running, tokens.len(), mtp)?;
     let (logits, mtp_logits) = engine.all_logits(tokens)?;
     let vocabulary = engine.config().vocab_size;
+    drop(engine);
+    running.finish()?;
     let mut tensors = vec![("logits", to_bytes(&logits))];
     tensors.extend(mtp_logits.map(|l| ("mtp_logits", to_bytes(&l))));
     let views: Vec<_> = tensors

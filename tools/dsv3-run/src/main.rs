@@ -10,6 +10,7 @@ mod eval;
 mod generate;
 mod logits;
 mod output;
+mod replay;
 mod source;
 mod system;
 mod trace;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         None => generate::run(&cli.generate),
         Some(Command::Logits(args)) => logits::run(&args),
         Some(Command::Eval(args)) => eval::run(&args),
+        Some(Command::Replay(args)) => replay::run(&args),
         Some(Command::Checkpoint { command }) => checkpoint::run(&command),
         Some(Command::Devices(args)) => devices::run(&args),
     };
@@ -63,6 +65,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 fn exit_status(error: &anyhow::Error) -> u8 {
     let from_device = |cause: &(dyn std::error::Error + 'static)| {
         cause.is::<hal::Error>()
+            || cause.is::<replay::Differs>()
             || matches!(cause.downcast_ref(), Some(model::engine::EngineError::Device(_)))
     };
     if error.chain().any(from_device) { FAILED } else { BAD_INPUT }

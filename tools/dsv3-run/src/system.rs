@@ -1,10 +1,13 @@
 //! Backends by name.
 
-use crate::cli::{Backend, Switch, SystemArgs};
+use crate::cli::{Backend, ModelArgs, RecordingArgs, Switch, SystemArgs};
+use ::replay::{Header, Recorder};
+use crate::output::bytes;
 use anyhow::{Context, ensure};
 use hal::fault::FaultPlan;
 use hal::{Device, DeviceId, Topology, Validated};
 use sim::{Machine, Mode, Options};
+use std::io::Write;
 use std::sync::Arc;
 
 /// What runs the commands.
@@ -82,17 +85,34 @@ pub(crate) struct Running {
     pub(crate) platform: Platform,
     validated: Option<Arc<Validated>>,
     device: Arc<dyn Device>,
+    recorder: Option<Recorder>,
 }
 
 /// Starts the machine and opens its first die.
-pub(crate) fn open(args: &SystemArgs) -> anyhow::Result<Running> {
-    let platform = Platform::start(args)?;
-    let device = platform.open(DeviceId(0)).context("opening die 0")?;
-    if !args.fault.is_empty() {
-        device.set_faults(Some(Arc::new(FaultPlan::new(args.fault.clone()))))?;
+pub(crate) fn open(args: &ModelArgs) -> anyhow::Result<Running> {
+    let ModelArgs { system, recording, .. } = args;
+    let platform = Platform::start(system)?;
+    let mut device = platform.open(DeviceId(0)).context("opening die 0")?;
+    if !system.fault.is_empty() {
+        device.set_faults(Some(Arc::new(FaultPlan::new(system.fault.clone()))))?;
     }
-    let validated = args.validate.then(|| Validated::wrap(device.clone()));
-    Ok(Running { platform, validated, device })
+    let recorder = start_recording(recording)?;
+    if let Some(recorder) = &recorder {
+        device = recorder.wrap(device);
+    }
+    let validated = system.validate.then(|| Validated::wrap(device.clone()));
+    Ok(Running { platform, validated, device, recorder })
+}
+
+fn start_recording(args: &RecordingArgs) -> anyhow::Result<Option<Recorder>> {
+    let Some(path) = &args.record else { return Ok(None) };
+    let header = Header {
+        program: concat!("dsv3-run ", env!("CARGO_PKG_VERSION")).to_string(),
+        command: std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect(),
+        all_outputs: args.record_all,
+    };
+    let recorder = Recorder::create(path, &header);
+    Ok(Some(recorder.with_context(|| format!("--record {}", path.display()))?))
 }
 
 /// What a run's figures rest on.
@@ -140,6 +160,26 @@ impl Running {
         self.validated.as_ref().map(|v| v.leaks().len())
     }
 
+    /// Completes the recording, if there is one; to be called when everything is dropped.
+    pub(crate) fn finish(&self) -> anyhow::Result<()> {
+        self.end_recording(true)
+    }
+
+    fn end_recording(&self, finished: bool) -> anyhow::Result<()> {
+        let Some(recorder) = &self.recorder else { return Ok(()) };
+        let Some(summary) = recorder.finish(finished).context("--record")? else { return Ok(()) };
+        let mut text = format!(
+            "recorded {} commands, {}, in {}",
+            summary.commands,
+            bytes(summary.bytes),
+            summary.path.display()
+        );
+        if summary.unprobed > 0 {
+            text += &format!("; {} outputs were too large to be hashed", summary.unprobed);
+        }
+        Ok(writeln!(std::io::stderr(), "{text}")?)
+    }
+
     pub(crate) fn provenance(&self) -> Provenance {
         let machine = self.device.properties().name.clone();
         match &self.platform {
@@ -154,6 +194,15 @@ impl Running {
                 let by = format!("{what} ({path}, ABI {})", runtime.version());
                 Provenance { machine, by, assumed: None }
             }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // A run that failed comes here without having finished: that is when a recording counts.
+        if let Err(error) = self.end_recording(false) {
+            eprintln!("{}: {error:#}", crate::output::paint_error("error"));
         }
     }
 }

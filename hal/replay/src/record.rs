@@ -1,0 +1,358 @@
+//! What a recording holds: every call that reached a device, in an order in which it can be made
+//! again.
+//!
+//! Buffers, streams, communicators and commands go by numbers, given in the order in which they
+//! were made. A record is JSON, so that a reader of another version, or a person, can make it out;
+//! the short keys are for the records that come by the hundred thousand.
+
+use hal::{CollectiveKind, DType, Error, Op, Operand, Reduction, Region, Tensor, TensorDesc};
+use serde::{Deserialize, Serialize};
+
+/// One call and how it ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// What was called.
+    #[serde(rename = "c")]
+    pub call: Call,
+    /// The error that it returned, if it did.
+    #[serde(rename = "e", default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<Failed>,
+}
+
+/// A call. Times are nanoseconds, sizes bytes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "the fields are those of the calls of `hal` that are named")]
+pub enum Call {
+    /// A die was opened.
+    Die(Die),
+    /// [`hal::Device::stream`].
+    Stream { stream: u64, die: u32, label: String },
+    /// A stream's handle was dropped; its timeline may still be waited for.
+    CloseStream { stream: u64 },
+    /// [`hal::Stream::alloc`].
+    Alloc { buffer: u64, stream: u64, bytes: u64 },
+    /// [`hal::Device::alloc_host`].
+    AllocHost { buffer: u64, die: u32, bytes: u64 },
+    /// The last handle of a buffer was dropped.
+    Free { buffer: u64 },
+    /// [`hal::Stream::write`], of the payload with this number.
+    Write { stream: u64, to: Span, payload: u64 },
+    /// [`hal::Stream::read`], and the payload that it gave, if the device computes values. Stands
+    /// where it returned; nothing else was submitted to the stream meanwhile.
+    Read { stream: u64, from: Span, timeout: u64, payload: Option<u64> },
+    /// [`hal::Stream::copy`].
+    Copy { stream: u64, to: Span, from: Span },
+    /// [`hal::Stream::fill`].
+    Fill { stream: u64, to: Span, byte: u8 },
+    /// No call: what the command with this number is. Commands recur, so each is written once.
+    Define { command: u64, what: Definition },
+    /// [`hal::Stream::submit`] or [`hal::Stream::submit_collectives`].
+    Submit {
+        #[serde(rename = "s")]
+        stream: u64,
+        #[serde(rename = "c")]
+        command: u64,
+    },
+    /// [`hal::Stream::wait`] for a value of the stream `on`.
+    Wait { stream: u64, on: u64, value: u64 },
+    /// [`hal::Timeline::synchronize`]. Stands where it returned.
+    Synchronize { stream: u64, value: u64, timeout: u64 },
+    /// [`hal::Timeline::failure`] told the error of this record.
+    Failure { stream: u64 },
+    /// [`hal::RawBuffer::write_host`].
+    HostWrite { to: Span, payload: u64 },
+    /// [`hal::RawBuffer::read_host`].
+    HostRead { from: Span, payload: Option<u64> },
+    /// [`hal::Device::communicator`].
+    Join { communicator: u64, die: u32, id: [u64; 2], rank: usize, size: usize },
+    /// A communicator's handle was dropped.
+    Leave { communicator: u64 },
+    /// [`hal::Communicator::abort`].
+    Abort { communicator: u64, reason: String },
+    /// The recorder copied an output of the command before to pinned memory of its own.
+    Probe { probe: u64, stream: u64, operand: String, view: View },
+    /// What the probe saw: [`crate::xxh64`] of the view's elements, row-major, with seed 0.
+    Probed { probe: u64, hash: u64 },
+    /// The recording is complete.
+    End(End),
+}
+
+impl Call {
+    /// Whether the call puts a command on a stream, and on which.
+    pub fn command_on(&self) -> Option<u64> {
+        match self {
+            Call::Write { stream, .. }
+            | Call::Read { stream, .. }
+            | Call::Copy { stream, .. }
+            | Call::Fill { stream, .. }
+            | Call::Submit { stream, .. }
+            | Call::Wait { stream, .. }
+            | Call::Probe { stream, .. } => Some(*stream),
+            _ => None,
+        }
+    }
+}
+
+/// A die, as it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Die {
+    /// Its number in its system.
+    pub die: u32,
+    /// The backend that drove it.
+    pub backend: String,
+    /// Product name.
+    pub name: String,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+    /// Compute cores.
+    pub cores: u32,
+    /// Whether commands computed values. Where not, reads have no payload and nothing compares.
+    pub functional: bool,
+}
+
+/// The last record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// Commands put on streams, those that were refused included.
+    pub commands: u64,
+    /// Whether the run came to its end; a recording of a run that failed is no less complete.
+    pub finished: bool,
+    /// Outputs that were not probed although all were asked for: too large, or too many at once.
+    pub unprobed: u64,
+}
+
+/// Bytes of a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Span {
+    /// Which buffer.
+    #[serde(rename = "b")]
+    pub buffer: u64,
+    /// First byte.
+    #[serde(rename = "o")]
+    pub offset: u64,
+    /// Bytes.
+    #[serde(rename = "n")]
+    pub len: u64,
+}
+
+impl Span {
+    pub(crate) fn of(region: &Region, buffer: u64) -> Span {
+        Span { buffer, offset: region.offset, len: region.len }
+    }
+}
+
+/// A tensor's fields, as they were given; not checked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct View {
+    /// Which buffer.
+    #[serde(rename = "b")]
+    pub buffer: u64,
+    /// Byte of the first element.
+    #[serde(rename = "o")]
+    pub offset: u64,
+    /// Element type.
+    #[serde(rename = "t")]
+    pub dtype: DType,
+    /// Dimensions.
+    #[serde(rename = "s")]
+    pub shape: Vec<u32>,
+    /// Elements between neighbours, where rows do not lie one after the other.
+    #[serde(rename = "st", default, skip_serializing_if = "Option::is_none")]
+    pub strides: Option<Vec<u32>>,
+}
+
+impl View {
+    pub(crate) fn of(tensor: &Tensor, buffer: u64) -> View {
+        let desc = tensor.desc();
+        let dense = dense_strides(desc.shape());
+        View {
+            buffer,
+            offset: tensor.offset(),
+            dtype: desc.dtype(),
+            shape: desc.shape().to_vec(),
+            strides: (dense.as_deref() != Some(desc.strides())).then(|| desc.strides().to_vec()),
+        }
+    }
+
+    /// The descriptor, if there can be one.
+    ///
+    /// # Errors
+    ///
+    /// As [`TensorDesc::strided`].
+    pub fn desc(&self) -> Result<TensorDesc, String> {
+        match &self.strides {
+            Some(strides) => TensorDesc::strided(self.dtype, &self.shape, strides),
+            None => {
+                let strides = dense_strides(&self.shape)
+                    .ok_or_else(|| format!("{:?} has strides beyond 32 bits", self.shape))?;
+                TensorDesc::strided(self.dtype, &self.shape, &strides)
+            }
+        }
+    }
+}
+
+/// Strides of a row-major tensor without gaps, if they fit.
+fn dense_strides(shape: &[u32]) -> Option<Vec<u32>> {
+    let mut strides = vec![1u32; shape.len()];
+    for axis in (1..shape.len()).rev() {
+        strides[axis - 1] = strides[axis].checked_mul(shape[axis].max(1))?;
+    }
+    Some(strides)
+}
+
+/// A command that is submitted by its number.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Definition {
+    /// An op.
+    Op {
+        /// Kind, operands, attributes.
+        op: Op<View>,
+        /// Its label.
+        label: String,
+    },
+    /// A batch of collectives.
+    Batch {
+        /// The communicator's number.
+        communicator: u64,
+        /// The parts of this rank.
+        batch: Vec<Part>,
+        /// Its label.
+        label: String,
+    },
+}
+
+impl Definition {
+    /// The command's label.
+    pub fn label(&self) -> &str {
+        match self {
+            Definition::Op { label, .. } | Definition::Batch { label, .. } => label,
+        }
+    }
+
+    /// The name of the op, or of the first collective.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Definition::Op { op, .. } => op.kind().name(),
+            Definition::Batch { batch, .. } => batch.first().map_or("nothing", |p| p.kind.name()),
+        }
+    }
+}
+
+/// One collective of a batch. Which fields are there is a matter of its kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Kind.
+    pub kind: CollectiveKind,
+    /// What is sent; a broadcast's tensor, whichever the rank.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub send: Option<View>,
+    /// What is received.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recv: Option<View>,
+    /// How to combine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reduction: Option<Reduction>,
+    /// A broadcast's root, or the other rank of a send or receive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<usize>,
+    /// Elements to and from each rank of an all-to-all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub counts: Option<(Vec<usize>, Vec<usize>)>,
+}
+
+impl Part {
+    /// What this rank writes.
+    pub fn written(&self, rank: usize) -> Option<&View> {
+        match self.kind {
+            CollectiveKind::Broadcast if self.peer != Some(rank) => self.send.as_ref(),
+            _ => self.recv.as_ref(),
+        }
+    }
+}
+
+/// An error that a call returned.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failed {
+    /// Its kind.
+    pub kind: FailedKind,
+    /// Its text.
+    pub text: String,
+    /// The die that it names, where it names one.
+    pub die: Option<u32>,
+    /// The command that failed, if it came along a stream.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
+}
+
+/// The variants of [`hal::Error`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum FailedKind {
+    /// [`hal::Error::Lost`], or a failure caused by it: which of the two is a matter of moments.
+    Lost,
+    /// [`hal::Error::OutOfMemory`]
+    OutOfMemory,
+    /// [`hal::Error::Timeout`]
+    Timeout,
+    /// [`hal::Error::Unsupported`]
+    Unsupported,
+    /// [`hal::Error::Failed`]
+    Failed,
+    /// [`hal::Error::Runtime`]
+    Runtime,
+    /// [`hal::Error::Usage`]
+    Usage,
+    /// One that this version does not know.
+    Other,
+}
+
+/// The command that failed first.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Origin {
+    /// Its die.
+    pub die: u32,
+    /// Its stream's number on the die.
+    pub stream: u32,
+    /// Its number on the stream.
+    pub sequence: u64,
+    /// What it was.
+    pub op: String,
+    /// Its label.
+    pub label: String,
+}
+
+impl From<&Error> for Failed {
+    fn from(error: &Error) -> Self {
+        let (kind, die) = match error {
+            Error::Lost { device, .. } => (FailedKind::Lost, Some(device)),
+            Error::OutOfMemory { device, .. } => (FailedKind::OutOfMemory, Some(device)),
+            Error::Timeout { .. } => (FailedKind::Timeout, None),
+            Error::Unsupported { device, .. } => (FailedKind::Unsupported, Some(device)),
+            Error::Failed(failure) => match failure.cause {
+                hal::Cause::Lost(_) => (FailedKind::Lost, Some(&failure.stream.device)),
+                _ => (FailedKind::Failed, Some(&failure.stream.device)),
+            },
+            Error::Runtime { device, .. } => (FailedKind::Runtime, Some(device)),
+            Error::Usage(usage) => (FailedKind::Usage, Some(&usage.device)),
+            _ => (FailedKind::Other, None),
+        };
+        let origin = error.origin().map(|failure| Origin {
+            die: failure.stream.device.0,
+            stream: failure.stream.index,
+            sequence: failure.sequence,
+            op: failure.op.to_string(),
+            label: failure.label.to_string(),
+        });
+        Failed { kind, text: error.to_string(), die: die.map(|d| d.0), origin }
+    }
+}
+
+impl Failed {
+    /// Whether the error flows along streams, so that every later call on them returns it too.
+    pub fn flows(&self) -> bool {
+        matches!(self.kind, FailedKind::Lost | FailedKind::Failed)
+    }
+}
