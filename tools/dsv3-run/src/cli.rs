@@ -33,6 +33,7 @@ Examples:
   dsv3-run --backend vacc --vacc-runtime libvaccrt.so    through a card's runtime library
   dsv3-run logits --token-ids 0,1022,267 --out logits.safetensors
   dsv3-run checkpoint inspect DIR                        is this checkpoint complete?
+  dsv3-run conformance --filter \"collectives/*\"         does the backend keep the contract?
 
 Exit status: 0 success, 1 the run failed (device, runtime), 2 unusable input.";
 
@@ -49,6 +50,8 @@ pub(crate) enum Command {
     },
     /// List the dies that a backend offers, and what is assumed about them.
     Devices(DevicesArgs),
+    /// Run the conformance suite: does a backend do what the contract says?
+    Conformance(ConformanceArgs),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -220,6 +223,21 @@ pub(crate) enum CheckpointCommand {
 pub(crate) struct DevicesArgs {
     #[command(flatten)]
     pub(crate) system: SystemArgs,
+    /// Print one JSON object and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ConformanceArgs {
+    #[command(flatten)]
+    pub(crate) system: SystemArgs,
+    /// Only cases whose name contains this, or matches it where it has a "*".
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) filter: Option<String>,
+    /// Name the cases and run none.
+    #[arg(long)]
+    pub(crate) list: bool,
     /// Print one JSON object and nothing else.
     #[arg(long)]
     pub(crate) json: bool,

@@ -5,6 +5,7 @@
 
 mod checkpoint;
 mod cli;
+mod conformance;
 mod devices;
 mod eval;
 mod generate;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         Some(Command::Eval(args)) => eval::run(&args),
         Some(Command::Checkpoint { command }) => checkpoint::run(&command),
         Some(Command::Devices(args)) => devices::run(&args),
+        Some(Command::Conformance(args)) => conformance::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -63,6 +65,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 fn exit_status(error: &anyhow::Error) -> u8 {
     let from_device = |cause: &(dyn std::error::Error + 'static)| {
         cause.is::<hal::Error>()
+            || cause.is::<conformance::SuiteFailed>()
             || matches!(cause.downcast_ref(), Some(model::engine::EngineError::Device(_)))
     };
     if error.chain().any(from_device) { FAILED } else { BAD_INPUT }

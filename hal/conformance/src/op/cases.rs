@@ -6,7 +6,7 @@ use hal::op::*;
 use hal::{DType, Op, TensorDesc};
 use half::bf16;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 /// SplitMix64.
 #[derive(Clone, Debug)]
@@ -343,7 +343,14 @@ fn slug(grid: BlockGrid) -> String {
 }
 
 /// Every op over a grid of shapes and dtypes, with random operands, each under a name of its own.
+///
+/// They are made once: copies share their operands.
 pub fn cases() -> Vec<(String, Op<HostTensor>)> {
+    static ALL: LazyLock<Vec<(String, Op<HostTensor>)>> = LazyLock::new(make);
+    ALL.clone()
+}
+
+fn make() -> Vec<(String, Op<HostTensor>)> {
     let mut all = Vec::new();
     for dtype in [DType::F32, DType::Bf16, DType::F8E4M3] {
         let mut m = Maker { rng: Rng(1), dtype };
