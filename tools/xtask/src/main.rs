@@ -3,6 +3,7 @@
 
 mod bindings;
 mod licences;
+mod mutants;
 mod rules;
 mod speed;
 
@@ -41,6 +42,13 @@ enum Task {
         #[arg(long, value_name = "PATH")]
         python: Option<PathBuf>,
     },
+    /// Breaks the simulator in many places, one at a time, and checks that the conformance suite
+    /// notices; writes docs/mutations.md. Takes a while, and is not part of `ci`.
+    Mutants {
+        /// Try this one only.
+        #[arg(long, value_name = "NAME")]
+        only: Option<String>,
+    },
     /// The architecture's rules that can be read off the sources.
     Rules,
 }
@@ -51,6 +59,7 @@ fn main() -> ExitCode {
         Task::Bindings { check } => bindings::run(&root(), check),
         Task::Licences => licences::check(&root()),
         Task::Speed { python } => speed::measure(&root(), python.as_deref()),
+        Task::Mutants { only } => mutants::run(&root(), only.as_deref()),
         Task::Rules => rules::check(&root()),
     };
     match result {

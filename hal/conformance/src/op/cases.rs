@@ -57,11 +57,11 @@ pub fn ints(values: &[i32]) -> HostTensor {
     tensor(DType::I32, &[values.len()], |i| f64::from(values[i]))
 }
 
-fn matrix(values: HostTensor, shape: &[usize]) -> HostTensor {
+pub(super) fn matrix(values: HostTensor, shape: &[usize]) -> HostTensor {
     HostTensor { desc: TensorDesc::new(values.desc.dtype(), shape), ..values }
 }
 
-fn columns(t: HostTensor, start: usize, len: usize) -> HostTensor {
+pub(super) fn columns(t: HostTensor, start: usize, len: usize) -> HostTensor {
     let (offset, desc) = t.desc.columns(start, len);
     HostTensor { offset, desc, ..t }
 }
@@ -97,10 +97,11 @@ fn add_linear(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DTy
     let grids = [
         BlockGrid::default(),
         BlockGrid { row_offset: 64, column_offset: 64, segments: 1 },
+        BlockGrid { row_offset: 64, column_offset: 64, segments: 2 },
         BlockGrid { row_offset: 100, column_offset: 3, segments: 2 },
     ];
     let fp8 = dtype == DType::F8E4M3;
-    for grid in grids.into_iter().take(if fp8 { 3 } else { 1 }) {
+    for grid in grids.into_iter().take(if fp8 { grids.len() } else { 1 }) {
         for (t, n, k) in [
             (0, 4, 4),
             (1, 2, 1),
@@ -108,8 +109,10 @@ fn add_linear(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DTy
             (3, 6, 17),
             (2, 10, 128),
             (9, 130, 200),
+            (3, 256, 320),
             (5, 34, 300),
             (70, 144, 512),
+            (129, 272, 1040),
         ] {
             let groups = grid.scale_columns(k);
             let scales = |m: &mut Maker, shape: &[usize]| fp8.then(|| m.scales(shape));
@@ -188,7 +191,7 @@ fn add_rowwise(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DT
 const SEQUENCES: &[&[(usize, usize)]] =
     &[&[(1, 1)], &[(3, 3), (1, 9)], &[(2, 5), (0, 4), (7, 40)], &[(66, 130), (1, 257)]];
 
-fn starts(lengths: impl Iterator<Item = usize>) -> HostTensor {
+pub(super) fn starts(lengths: impl Iterator<Item = usize>) -> HostTensor {
     let mut all = vec![0];
     for n in lengths {
         all.push(all.last().unwrap() + n as i32);
@@ -286,8 +289,8 @@ fn add_attention(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: 
 }
 
 fn add_experts(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DType) {
-    for (t, e, k, groups, kept) in
-        [(1, 4, 1, 1, 1), (5, 8, 2, 4, 2), (33, 16, 3, 4, 3), (129, 64, 8, 8, 4)]
+    for (t, e, k, groups, kept, h) in
+        [(1, 4, 1, 1, 1, 1), (5, 8, 2, 4, 2, 10), (33, 16, 3, 4, 3, 129), (129, 64, 8, 8, 4, 272)]
     {
         let mut add =
             |name: &str, op: Op<HostTensor>| all.push((format!("{name}/{dtype}/t{t}e{e}"), op));
@@ -311,11 +314,11 @@ fn add_experts(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DT
         for (first_expert, local) in [(0, e), (1, e - 2)] {
             let fp8 = dtype == DType::F8E4M3;
             let permute = MoePermute {
-                x: m.random(&[t, 10]),
-                x_scales: fp8.then(|| m.scales(&[t, 1])),
+                x: m.random(&[t, h]),
+                x_scales: fp8.then(|| m.scales(&[t, h.div_ceil(FP8_BLOCK)])),
                 experts: experts(),
-                out: m.random(&[t * k, 10]),
-                out_scales: fp8.then(|| m.scales(&[t * k, 1])),
+                out: m.random(&[t * k, h]),
+                out_scales: fp8.then(|| m.scales(&[t * k, h.div_ceil(FP8_BLOCK)])),
                 offsets: m.random_of(DType::I32, &[local + 1]),
                 rows: m.random_of(DType::I32, &[t, k]),
                 first_expert,
@@ -324,18 +327,18 @@ fn add_experts(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DT
             add("moe_permute", permute.into());
         }
         if dtype != DType::F8E4M3 {
-            for base in [None, Some(m.strided(t, 10))] {
+            for base in [None, Some(m.strided(t, h))] {
                 let rows: Vec<i32> =
                     (0..t * k).map(|i| if i % 4 == 3 { -1 } else { i as i32 }).collect();
-                let (y, weights) = (m.random(&[t * k, 10]), m.random_of(DType::F32, &[t, k]));
-                let (rows, out) = (matrix(ints(&rows), &[t, k]), m.random(&[t, 10]));
+                let (y, weights) = (m.random(&[t * k, h]), m.random_of(DType::F32, &[t, k]));
+                let (rows, out) = (matrix(ints(&rows), &[t, k]), m.random(&[t, h]));
                 add("moe_combine", MoeCombine { y, rows, weights, base, out }.into());
             }
         }
     }
 }
 
-fn slug(grid: BlockGrid) -> String {
+pub(super) fn slug(grid: BlockGrid) -> String {
     match grid == BlockGrid::default() {
         true => String::new(),
         false => format!("/from{}.{}x{}", grid.row_offset, grid.column_offset, grid.stacks()),
@@ -361,6 +364,7 @@ fn make() -> Vec<(String, Op<HostTensor>)> {
             add_attention(&mut all, &mut m, dtype);
         }
     }
+    super::edges::add(&mut all);
     let mut seen: HashMap<String, usize> = HashMap::new();
     for (name, _) in &mut all {
         let count = seen.entry(name.clone()).or_default();
