@@ -36,20 +36,33 @@ impl Rng {
     }
 }
 
-fn encode(dtype: DType, value: f64) -> Vec<u8> {
+fn encode(dtype: DType, value: f64, out: &mut Vec<u8>) {
     match dtype {
-        DType::F32 => (value as f32).to_le_bytes().to_vec(),
-        DType::Bf16 => bf16::from_f64(value).to_le_bytes().to_vec(),
-        DType::I32 => (value as i32).to_le_bytes().to_vec(),
-        _ => vec![reference::nearest_e4m3(value)],
+        DType::F32 => out.extend_from_slice(&(value as f32).to_le_bytes()),
+        DType::Bf16 => out.extend_from_slice(&bf16::from_f64(value).to_le_bytes()),
+        DType::I32 => out.extend_from_slice(&(value as i32).to_le_bytes()),
+        _ => out.push(reference::nearest_e4m3(value)),
     }
 }
 
 /// A contiguous tensor with these values.
 pub fn tensor(dtype: DType, shape: &[usize], mut value: impl FnMut(usize) -> f64) -> HostTensor {
     let desc = TensorDesc::new(dtype, shape);
-    let bytes: Vec<u8> = (0..desc.elements()).flat_map(|i| encode(dtype, value(i))).collect();
+    let mut bytes = Vec::with_capacity(desc.elements() * dtype.size());
+    (0..desc.elements()).for_each(|i| encode(dtype, value(i), &mut bytes));
     HostTensor { memory: Arc::new(HostMemory::new(bytes)), offset: 0, desc }
+}
+
+/// A contiguous tensor whose values come from random numbers, when somebody looks at them.
+fn lazy(dtype: DType, shape: &[usize], seed: u64, value: fn(&mut Rng) -> f64) -> HostTensor {
+    let desc = TensorDesc::new(dtype, shape);
+    let make = move || {
+        let mut rng = Rng(seed);
+        let mut bytes = Vec::with_capacity(desc.elements() * dtype.size());
+        (0..desc.elements()).for_each(|_| encode(dtype, value(&mut rng), &mut bytes));
+        bytes
+    };
+    HostTensor { memory: Arc::new(HostMemory::lazy(make)), offset: 0, desc }
 }
 
 /// A vector of integers.
@@ -77,8 +90,7 @@ impl Maker {
     }
 
     fn random_of(&mut self, dtype: DType, shape: &[usize]) -> HostTensor {
-        let rng = &mut self.rng;
-        tensor(dtype, shape, |_| rng.normal())
+        lazy(dtype, shape, self.rng.next(), Rng::normal)
     }
 
     /// Columns of a wider tensor, so that rows have gaps between them.
@@ -88,8 +100,7 @@ impl Maker {
     }
 
     fn scales(&mut self, shape: &[usize]) -> HostTensor {
-        let rng = &mut self.rng;
-        tensor(DType::F32, shape, |_| rng.unit() + 0.01)
+        lazy(DType::F32, shape, self.rng.next(), |rng| rng.unit() + 0.01)
     }
 }
 
@@ -114,6 +125,10 @@ fn add_linear(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DTy
             (70, 144, 512),
             (129, 272, 1040),
         ] {
+            // The large one takes long to work out by the reference: once with a slice, once without.
+            if t == 129 && (grid.segments == 1 || grid.row_offset == 100) {
+                continue;
+            }
             let groups = grid.scale_columns(k);
             let scales = |m: &mut Maker, shape: &[usize]| fp8.then(|| m.scales(shape));
             let out = if t % 2 == 1 { DType::F32 } else { DType::Bf16 };

@@ -17,6 +17,20 @@ pub(super) fn add(all: &mut Vec<(String, Op<HostTensor>)>) {
         attention(all, dtype);
     }
     gates(all);
+    copies(all);
+}
+
+/// Copies move elements of any dtype between views with gaps.
+fn copies(all: &mut Vec<(String, Op<HostTensor>)>) {
+    for dtype in [DType::F8E4M3, DType::U8, DType::I32] {
+        for (rows, width) in [(1, 1), (3, 17), (5, 129)] {
+            let view = |seed: usize| {
+                columns(tensor(dtype, &[rows, width + 5], |i| wave(i + seed) * 9.0), 3, width)
+            };
+            let op = Copy { x: view(0), out: view(50) };
+            all.push((format!("copy/{dtype}/{rows}x{width}"), op.into()));
+        }
+    }
 }
 
 /// Some number whose low bits are not zero, different for each `i`.

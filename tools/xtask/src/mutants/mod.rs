@@ -20,12 +20,16 @@ use std::time::{Duration, Instant};
 /// that makes commands hang costs the suite's own limit for every case.
 const LIMIT: Duration = Duration::from_secs(90);
 
-/// Tries the mutations, or only that of this name, and writes the report.
-pub(crate) fn run(root: &Path, only: Option<&str>) -> anyhow::Result<()> {
+/// Tries the mutations, or only that of this name, or with `resume` those that were not caught
+/// before, and writes the report.
+pub(crate) fn run(root: &Path, only: Option<&str>, resume: bool) -> anyhow::Result<()> {
     let mutations = data::load(root)?;
-    let chosen: Vec<&Mutation> =
-        mutations.iter().filter(|m| only.is_none_or(|only| m.name == only)).collect();
-    if chosen.is_empty() {
+    let mut findings = Findings::load(root, &mutations)?;
+    let chosen: Vec<&Mutation> = mutations
+        .iter()
+        .filter(|m| only.is_none_or(|only| m.name == only) && !(resume && findings.has(m)))
+        .collect();
+    if chosen.is_empty() && !resume {
         bail!("no mutation is called {:?}: see {}", only.unwrap_or_default(), data::FILE);
     }
     let scratch = Scratch::sync(root)?;
@@ -36,7 +40,6 @@ pub(crate) fn run(root: &Path, only: Option<&str>) -> anyhow::Result<()> {
             other => bail!("the unmutated simulator does not pass: {other:?}"),
         }
     }
-    let mut findings = Findings::load(root, &mutations)?;
     let mut problems = Vec::new();
     for mutation in chosen {
         let began = Instant::now();

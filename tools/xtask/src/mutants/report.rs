@@ -60,6 +60,10 @@ impl Findings {
         self.0.insert(mutation.name.clone(), Entry { key: key(mutation), finding });
     }
 
+    pub(crate) fn has(&self, mutation: &Mutation) -> bool {
+        self.0.contains_key(&mutation.name)
+    }
+
     pub(crate) fn remove(&mut self, mutation: &Mutation) {
         self.0.remove(&mutation.name);
     }

@@ -73,6 +73,7 @@ impl Scratch {
             .args(["test", "--package", "sim", "--test", "conformance", "--no-run", "--locked"])
             // Kernels compile much faster so, and small shapes do not need more.
             .args(["--config", "profile.dev.package.sim.opt-level=1"])
+            .args(["--config", "profile.dev.debug=false"])
             .args(["--message-format", "json-render-diagnostics"])
             .env("CARGO_TARGET_DIR", &self.build)
             .current_dir(&self.sources)
