@@ -159,7 +159,8 @@ fn what_does_not_fit_is_refused_before_loading() {
     let checkpoint = Checkpoint::open(&tiny_dir()).unwrap();
     let opts = EngineOptions { max_model_len: 163_840, ..common::options(Numerics::Bf16) };
     let capacity = device.properties().memory_bytes;
-    for (free, words) in [(64 << 20, "the longest context that fits is"), (8 << 20, "more memory")] {
+    for (free, words) in [(64 << 20, "the longest context that fits is"), (8 << 20, "more memory")]
+    {
         let _hog = stream.alloc(capacity - free).unwrap();
         let error = Engine::load(device.clone(), &checkpoint, opts, &mut |_| {}).unwrap_err();
         assert!(matches!(error, EngineError::DoesNotFit { .. }), "{error}");

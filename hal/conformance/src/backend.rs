@@ -1,6 +1,7 @@
 //! What a backend hands in.
 
-use hal::{Device, Result};
+use hal::fault::FaultPlan;
+use hal::{Device, Error, Result};
 use std::fmt;
 use std::sync::Arc;
 
@@ -16,6 +17,40 @@ pub enum Feature {
     Faults,
     /// The backend itself refuses accesses that nothing orders.
     Hazards,
+}
+
+impl Feature {
+    /// What a die has, by asking it: for a tool that meets a runtime it knows nothing about. A
+    /// backend's own tests name their features, so that losing one is a failure and not a skip.
+    ///
+    /// # Errors
+    ///
+    /// What the die says when it cannot make a stream or fill a buffer.
+    pub fn probe(die: &dyn Device) -> Result<Vec<Feature>> {
+        let properties = die.properties();
+        let mut found = Vec::new();
+        if properties.functional {
+            found.push(Feature::Values);
+        }
+        if properties.clock.is_some() {
+            found.push(Feature::Clock);
+        }
+        if die.set_faults(Some(Arc::new(FaultPlan::default()))).is_ok() {
+            die.set_faults(None)?;
+            found.push(Feature::Faults);
+        }
+        let (writer, other) = (die.stream("probe 1")?, die.stream("probe 2")?);
+        let buffer = writer.alloc(1)?;
+        writer.fill(&buffer.whole(), 1)?;
+        match other.fill(&buffer.whole(), 2) {
+            Err(Error::Usage(_)) => found.push(Feature::Hazards),
+            result => result?,
+        }
+        // Nothing of this may reach into a case.
+        writer.point().synchronize(crate::lab::SOON)?;
+        other.point().synchronize(crate::lab::SOON)?;
+        Ok(found)
+    }
 }
 
 impl fmt::Display for Feature {

@@ -66,6 +66,11 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
         Case::new("collectives/refused/mixed_batch", refused_mix).dies(2),
         Case::new("collectives/abort/releases_the_waiting", abort).alone().dies(3),
         Case::new("collectives/abort/takes_nothing_more", abort_then_submit).alone().dies(2),
+        Case::new("collectives/abort/first_reason_stays", abort_twice).alone().dies(2),
+        Case::new("collectives/order/sends_meet_receives_in_order", sends_in_order)
+            .dies(2)
+            .needs(&values),
+        Case::new("collectives/mismatch/send_and_receive", peers_disagree).alone().dies(2),
         Case::new("collectives/missing_rank_times_out", missing).alone().dies(3),
     ]);
     for (name, theirs) in MISMATCHES {
@@ -593,6 +598,68 @@ fn abort_then_submit(lab: &Lab) -> Verdict {
     is(&refused("a batch after the abort", result)?, "Failed", failed)?;
     // The stream itself is well.
     equal("x", value(&ranks[1], &x)?, 1.0)
+}
+
+fn abort_twice(lab: &Lab) -> Verdict {
+    let ranks = join(lab, 2)?;
+    ranks[0].communicator.abort("first");
+    ranks[1].communicator.abort("second");
+    for rank in &ranks {
+        let error = refused("the status", rank.communicator.status())?;
+        let cause = error.origin().map(|o| o.cause.clone());
+        ensure(matches!(&cause, Some(Cause::Aborted(why)) if &**why == "first"), || {
+            format!("rank {}: cause {cause:?}", rank.number)
+        })?;
+    }
+    Ok(())
+}
+
+/// Several sends to one peer meet its receives one by one, whoever comes first.
+fn sends_in_order(lab: &Lab) -> Verdict {
+    let ranks = join(lab, 2)?;
+    for receive_first in [false, true] {
+        let x = (0..4).map(|i| float(&ranks[0], i as f32)).collect::<Verdict<Vec<_>>>()?;
+        let y = (0..4).map(|_| float(&ranks[1], -1.0)).collect::<Verdict<Vec<_>>>()?;
+        let send = |i: usize| Collective::Send { tensor: x[i].clone(), peer: 1 };
+        let receive = |i: usize| Collective::Recv { tensor: y[i].clone(), peer: 0 };
+        // Two in one batch, and two by themselves.
+        let sends = || -> Verdict {
+            ranks[0].submit(&[send(0), send(1)])?;
+            ranks[0].submit(&[send(2)])?;
+            Ok(ranks[0].submit(&[send(3)])?)
+        };
+        let receives = || -> Verdict {
+            ranks[1].submit(&[receive(0)])?;
+            ranks[1].submit(&[receive(1), receive(2)])?;
+            Ok(ranks[1].submit(&[receive(3)])?)
+        };
+        match receive_first {
+            false => sends().and_then(|()| receives())?,
+            true => receives().and_then(|()| sends())?,
+        }
+        for (i, y) in y.iter().enumerate() {
+            equal("what was received", value(&ranks[1], y)?, i as f32)?;
+        }
+    }
+    Ok(())
+}
+
+fn peers_disagree(lab: &Lab) -> Verdict {
+    for (dtype, bytes) in [(DType::F32, 20), (DType::I32, 16)] {
+        let ranks = join(lab, 2)?;
+        let sent = ranks[0].place(DType::F32, &[0; 16])?;
+        let expected = ranks[1].place(dtype, &vec![0; bytes])?;
+        ranks[0].submit(&[Collective::Send { tensor: sent, peer: 1 }])?;
+        ranks[1].submit(&[Collective::Recv { tensor: expected, peer: 0 }])?;
+        for rank in &ranks {
+            let error = refused("a mismatch", rank.stream.synchronize(SOON))?;
+            let cause = error.origin().map(|o| o.cause.clone());
+            ensure(matches!(cause, Some(Cause::Mismatch(_))), || {
+                format!("rank {}: expected a mismatch, got: {error}", rank.number)
+            })?;
+        }
+    }
+    Ok(())
 }
 
 fn missing(lab: &Lab) -> Verdict {

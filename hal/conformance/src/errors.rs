@@ -17,6 +17,9 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
     case("names_its_command", 1, names_its_command);
     case("first_one_stays", 1, first_one_stays);
     case("flows_to_a_waiting_stream", 1, |lab| flows(lab, &[0, 0]));
+    case("flows_to_one_that_waits_already", 1, flows_to_waiting);
+    case("flows_to_a_host_that_waits_already", 1, flows_to_host);
+    case("first_one_outlives_the_die", 1, outlives_die);
     case("flows_through_a_chain", 1, |lab| flows(lab, &[0, 0, 0, 0]));
     case("flows_to_another_die", 2, |lab| flows(lab, &[0, 1]));
     case("flows_through_dies_and_back", 3, |lab| flows(lab, &[0, 1, 2, 0]));
@@ -124,6 +127,60 @@ fn flows(lab: &Lab, dies: &[usize]) -> Verdict {
         check_origin(&error, &*streams[0], sequence)?;
     }
     Ok(())
+}
+
+/// Work that takes a while, then the command that fails: what is submitted next waits for it.
+fn fails_late(lab: &Lab) -> Verdict<(Arc<dyn Stream>, u64)> {
+    let stream = lab.stream(0)?;
+    let x = floats(&*stream, &[1.0; 4])?;
+    let front = stream.alloc(8 << 20)?;
+    for i in 0..20 {
+        stream.fill(&front.whole(), i)?;
+    }
+    stream.submit(&add(&x, &x, &x).label("bad add"))?;
+    let sequence = stream.point().value();
+    Ok((stream, sequence))
+}
+
+fn flows_to_waiting(lab: &Lab) -> Verdict {
+    rules(lab, &[FAIL])?;
+    let waiters = (0..4).map(|_| lab.stream(0)).collect::<Verdict<Vec<_>>>()?;
+    let (bad, sequence) = fails_late(lab)?;
+    for stream in &waiters {
+        stream.wait(&bad.point())?;
+    }
+    for stream in &waiters {
+        check_origin(&refused("waiting", stream.synchronize(SOON))?, &*bad, sequence)?;
+    }
+    Ok(())
+}
+
+fn flows_to_host(lab: &Lab) -> Verdict {
+    rules(lab, &[FAIL])?;
+    let (bad, sequence) = fails_late(lab)?;
+    let failed = bad.point();
+    let wait = || check_origin(&refused("waiting", failed.synchronize(SOON))?, &*bad, sequence);
+    std::thread::scope(|scope| {
+        let threads = [scope.spawn(wait), scope.spawn(wait)];
+        threads.into_iter().try_for_each(|thread| match thread.join() {
+            Ok(verdict) => verdict,
+            Err(_) => Err("a waiting thread panicked".into()),
+        })
+    })
+}
+
+fn outlives_die(lab: &Lab) -> Verdict {
+    rules(lab, &[FAIL, "op=fill,action=lose"])?;
+    let (bad, loses) = (lab.stream(0)?, lab.stream(0)?);
+    let (x, y) = (floats(&*bad, &[1.0; 4])?, floats(&*loses, &[1.0; 4])?);
+    submit(&*bad, &x, "bad add")?;
+    let point = bad.point();
+    refused("waiting", bad.synchronize(SOON))?;
+    loses.fill(&y.region(), 0)?;
+    refused("waiting", loses.synchronize(SOON))?;
+    // What the stream failed of is still what it failed of.
+    let error = point.timeline().failure().ok_or("the timeline knows of no failure")?;
+    check_origin(&error, &*bad, point.value())
 }
 
 fn wait_before(lab: &Lab) -> Verdict {

@@ -29,7 +29,8 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
     case("collective/rank_fails", 4, |lab| collective(lab, "fail:flaky link"));
     case("collective/die_lost_in_the_middle", 4, |lab| collective(lab, "lose"));
     case("collective/rank_hangs", 4, collective_hangs);
-    case("collective/stream_fails_before_it", 4, stream_fails_before);
+    case("collective/stream_fails_before_it", 4, |lab| stream_fails_before(lab, false));
+    case("collective/stream_has_failed_before_it", 4, |lab| stream_fails_before(lab, true));
     all.push(
         Case::new("faults/delay/lengthens_by_as_much", delay)
             .alone()
@@ -318,10 +319,13 @@ fn collective_hangs(lab: &Lab) -> Verdict {
     Ok(())
 }
 
-fn stream_fails_before(lab: &Lab) -> Verdict {
+fn stream_fails_before(lab: &Lab, known: bool) -> Verdict {
     let ranks = join(lab, 4)?;
     rules(lab, &["device=1,op=fill,action=fail:early"])?;
     let _ = ranks[1].stream.fill(&ranks[1].x.region(), 0);
+    if known {
+        refused("waiting", ranks[1].stream.synchronize(SOON))?;
+    }
     for rank in &ranks {
         let _ = rank.submit();
     }

@@ -28,7 +28,7 @@ mod support;
 
 pub use backend::{Backend, Exclusion, Feature};
 pub use lab::{Finding, Lab};
-pub use run::{Case, CaseResult, Options, Outcome, Report, run};
+pub use run::{Case, CaseResult, Options, Outcome, Report, Summary, run};
 pub use support::{Row, support_matrix, support_table};
 
 /// Every case, in a fixed order. Names are unique: `family/what/details`.

@@ -23,6 +23,7 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
         Case::new("memory/exhaustion", exhaustion).alone(),
         Case::new("memory/exhaustion_is_per_die", per_die).alone().dies(2),
         Case::new("memory/reuse_in_stream_order", reuse).needs(&[Feature::Values]).alone(),
+        Case::new("memory/fresh_memory_is_its_streams", fresh).needs(&[Feature::Hazards]),
         Case::new("memory/freed_while_in_use", freed_in_use).needs(&[Feature::Values]),
         Case::new("memory/buffers_do_not_overlap", no_overlap).needs(&[Feature::Values]),
         Case::new("memory/host/contents", host_contents),
@@ -79,7 +80,15 @@ fn accounting(lab: &Lab) -> Verdict {
     stream.synchronize(SOON)?;
     let after = die.memory_info()?;
     equal("used after all was dropped", after.used, before.used)?;
-    ensure(after.peak >= during.used, || "the peak was forgotten".into())
+    ensure(after.peak >= during.used, || "the peak was forgotten".into())?;
+    let small = stream.alloc(10)?;
+    let now = die.memory_info()?;
+    ensure(now.peak >= during.used, || format!("the peak fell to {}", now.peak))?;
+    drop(small);
+    let host = die.alloc_host(5000)?;
+    equal("used with host memory beside", die.memory_info()?.used, before.used)?;
+    drop(host);
+    equal("used after host memory was dropped", die.memory_info()?.used, before.used)
 }
 
 fn alignment(lab: &Lab) -> Verdict {
@@ -151,11 +160,32 @@ fn reuse(lab: &Lab) -> Verdict {
     ensure(used < 64 << 10, || format!("{used} bytes are used after 200 freed buffers"))
 }
 
+/// Memory belongs to the stream that allocated it, after what was submitted there so far: it may
+/// have been somebody else's until then.
+fn fresh(lab: &Lab) -> Verdict {
+    let (owner, other) = (lab.stream(0)?, lab.stream(0)?);
+    let before = owner.alloc(64)?;
+    owner.fill(&before.whole(), 1)?;
+    drop(before);
+    let buffer = owner.alloc(64)?;
+    let error = refused("a use that nothing orders", other.fill(&buffer.whole(), 2))?;
+    is(&error, "Usage", usage)?;
+    other.wait(&owner.point())?;
+    other.fill(&buffer.whole(), 2)?;
+    other.synchronize(SOON)?;
+    Ok(())
+}
+
 fn freed_in_use(lab: &Lab) -> Verdict {
     let stream = lab.stream(0)?;
     let data = pattern(1 << 16, 3);
     let kept = stream.alloc(1 << 16)?;
     let source = upload(&*stream, &data)?;
+    // Work in front, so that the copy has not begun when its source is dropped.
+    let front = stream.alloc(8 << 20)?;
+    for i in 0..10 {
+        stream.fill(&front.whole(), i)?;
+    }
     stream.copy(&kept.whole(), &source.whole())?;
     drop(source);
     // Whatever takes its place must not be seen by the copy.

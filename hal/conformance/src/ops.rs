@@ -26,6 +26,12 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
         let case = Case::new(format!("op/hostile/{name}"), move |lab| hostile(lab, &op));
         all.push(case.needs(&[Feature::Values]));
     }
+    for nan in NANS {
+        let case = move |lab: &Lab| nan_shows(lab, nan);
+        all.push(
+            Case::new(format!("op/nan/linear/{}", nan.name()), case).needs(&[Feature::Values]),
+        );
+    }
     for dtype in [DType::F32, DType::Bf16, DType::F8E4M3] {
         let case = move |lab: &Lab| linear_alone_and_in_batch(lab, dtype);
         all.push(Case::new(format!("op/batching/linear/{dtype}"), case).needs(&[Feature::Values]));
@@ -113,7 +119,8 @@ fn agrees(lab: &Lab, op: &Op<HostTensor>) -> Verdict {
         let bytes = &contents[index(&tensor.memory)];
         let view = bytes.get((tensor.offset + GUARD) as usize..).unwrap_or_default();
         let got = reference::decode(&tensor.desc, view).v;
-        op::compare(tensor.desc.dtype(), &got, &expected).map_err(|e| format!("{name}{e}"))?;
+        op::compare_output(op.kind(), tensor.desc.dtype(), &got, &expected)
+            .map_err(|e| format!("{name}{e}"))?;
         // Elements without an expected value are left as they were, bit by bit.
         let (before, mut elements, mut touched) = (tensor.memory.bytes(), expected.iter(), None);
         tensor.for_each_element(|range| {
@@ -164,6 +171,69 @@ fn hostile(lab: &Lab, op: &Op<HostTensor>) -> Verdict {
     let x = floats(&*other, &[1.0])?;
     other.submit(&crate::lab::add(&x, &x, &x).into())?;
     other.synchronize(SOON)?;
+    Ok(())
+}
+
+/// Which FP8 operand holds a NaN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Nan {
+    Activation,
+    Weight,
+    Scale,
+}
+
+const NANS: [Nan; 3] = [Nan::Activation, Nan::Weight, Nan::Scale];
+
+impl Nan {
+    fn name(self) -> &'static str {
+        match self {
+            Nan::Activation => "activation",
+            Nan::Weight => "weight",
+            Nan::Scale => "scale",
+        }
+    }
+}
+
+/// A NaN in FP8 is a NaN in every sum that it is part of, and nowhere else; with few and with many
+/// tokens, which devices often compute by different kernels.
+fn nan_shows(lab: &Lab, nan: Nan) -> Verdict {
+    let stream = lab.stream(0)?;
+    for t in [2, 5, 40] {
+        let (n, k) = (6, 150);
+        let poke = |tensor: HostTensor, here: bool, at: usize, bytes: &[u8]| {
+            let mut all = tensor.memory.bytes().to_vec();
+            if here {
+                all[at..at + bytes.len()].copy_from_slice(bytes);
+            }
+            HostTensor { memory: Arc::new(HostMemory::new(all)), ..tensor }
+        };
+        let one = |shape: &[usize]| op::cases::tensor(DType::F32, shape, |_| 1.0);
+        let (x, w) = (random(DType::F8E4M3, &[t, k], 1), random(DType::F8E4M3, &[n, k], 2));
+        let (row, column) = (1, 3);
+        let linear = Linear {
+            x: poke(x, nan == Nan::Activation, row * k + 149, &[0xff]),
+            x_scales: Some(poke(
+                one(&[t, 2]),
+                nan == Nan::Scale,
+                (row * 2 + 1) * 4,
+                &f32::NAN.to_le_bytes(),
+            )),
+            w: poke(w, nan == Nan::Weight, column * k + 7, &[0x7f]),
+            w_scales: Some(one(&[1, 2])),
+            out: random(DType::F32, &[t, n], 3),
+            grid: BlockGrid::default(),
+        };
+        let bytes = output(&*stream, &linear.into())?;
+        for (i, v) in bytes.as_chunks::<4>().0.iter().enumerate() {
+            let expected = match nan {
+                Nan::Weight => i % n == column,
+                Nan::Activation | Nan::Scale => i / n == row,
+            };
+            ensure(f32::from_le_bytes(*v).is_nan() == expected, || {
+                format!("{t} tokens: element {i} is {}", f32::from_le_bytes(*v))
+            })?;
+        }
+    }
     Ok(())
 }
 

@@ -53,7 +53,7 @@ impl Case {
 
     /// The part of the name before the first `/`.
     pub fn family(&self) -> &str {
-        self.name.split('/').next().unwrap_or_default()
+        family(&self.name)
     }
 }
 
@@ -93,6 +93,51 @@ pub struct CaseResult {
     pub seconds: f64,
 }
 
+impl CaseResult {
+    /// The part of the name before the first `/`.
+    pub fn family(&self) -> &str {
+        family(&self.name)
+    }
+}
+
+fn family(name: &str) -> &str {
+    name.split('/').next().unwrap_or_default()
+}
+
+/// How the cases of one family went.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Summary {
+    /// The part of the names before the first `/`.
+    pub family: String,
+    /// How many passed.
+    pub passed: usize,
+    /// How many failed that were not expected to.
+    pub failed: usize,
+    /// How many were not run.
+    pub skipped: usize,
+    /// How many failed as listed.
+    pub expected_failures: usize,
+    /// How many passed that are listed as failing.
+    pub unexpected_passes: usize,
+    /// Seconds of host time.
+    pub seconds: f64,
+}
+
+impl Summary {
+    /// Counts one more case.
+    pub fn add(&mut self, result: &CaseResult) {
+        let count = match result.outcome {
+            Outcome::Passed => &mut self.passed,
+            Outcome::Failed => &mut self.failed,
+            Outcome::Skipped => &mut self.skipped,
+            Outcome::ExpectedFailure => &mut self.expected_failures,
+            Outcome::UnexpectedPass => &mut self.unexpected_passes,
+        };
+        *count += 1;
+        self.seconds += result.seconds;
+    }
+}
+
 /// What came of all.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
@@ -106,6 +151,21 @@ impl Report {
     /// How many had this outcome.
     pub fn count(&self, outcome: Outcome) -> usize {
         self.results.iter().filter(|r| r.outcome == outcome).count()
+    }
+
+    /// The results family by family, in the order in which they ran.
+    pub fn families(&self) -> Vec<Summary> {
+        let mut all: Vec<Summary> = Vec::new();
+        for result in &self.results {
+            if all.last().is_none_or(|last| last.family != result.family()) {
+                let family = result.family().to_string();
+                all.push(Summary { family, ..Summary::default() });
+            }
+            if let Some(last) = all.last_mut() {
+                last.add(result);
+            }
+        }
+        all
     }
 
     /// Those because of which the suite fails.
@@ -132,7 +192,8 @@ impl Default for Options {
 }
 
 impl Options {
-    fn lets_through(&self, name: &str) -> bool {
+    /// Whether a case of this name is run.
+    pub fn lets_through(&self, name: &str) -> bool {
         self.filter.as_deref().is_none_or(|filter| match filter.contains('*') {
             true => glob(filter, name),
             false => name.contains(filter),

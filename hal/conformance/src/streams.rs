@@ -2,12 +2,16 @@
 
 use crate::backend::Feature;
 use crate::lab::{
-    Lab, SOON, Verdict, add, ensure, equal, floats, is, read, refused, upload, usage, values,
+    BRIEFLY, Lab, SOON, Verdict, add, ensure, equal, floats, is, read, refused, timeout, upload,
+    usage, values,
 };
 use crate::run::Case;
 use hal::trace::{CommandKind, Span, TraceSink};
-use hal::{DType, OpKind, Point, Stream, Tensor, Validated};
+use hal::{
+    Collective, Communicator, DType, Error, OpKind, Point, Reduction, Stream, Tensor, Validated,
+};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 pub(crate) fn add_cases(all: &mut Vec<Case>) {
     let values = [Feature::Values];
@@ -27,6 +31,14 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
         Case::new("streams/wait/host_in_between", host_in_between).needs(&values),
         Case::new("streams/wait/both_ways", both_ways).needs(&values),
         Case::new("streams/many", many).needs(&values),
+        Case::new("streams/fan_out_and_in", fan).needs(&values),
+        Case::new("streams/timeout/names_what_is_pending", times_out).dies(2).alone(),
+        Case::new("streams/timeout/of_zero", no_time).dies(2).alone(),
+        Case::new("streams/timeout/poisons_nothing", times_out_and_goes_on)
+            .needs(&values)
+            .dies(2)
+            .alone(),
+        Case::new("streams/timeout/other_streams_go_on", others_beside_a_timeout).dies(2).alone(),
         Case::new("streams/many_dies", many_dies).needs(&values).dies(8),
         Case::new("streams/from_many_threads", threads).needs(&values),
         Case::new("streams/timeline/counts_up", counts_up),
@@ -36,6 +48,10 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
         Case::new("streams/hazard/unordered_write_is_refused", |lab| hazard(lab, true))
             .needs(&[Feature::Hazards]),
         Case::new("streams/hazard/unordered_read_is_refused", |lab| hazard(lab, false))
+            .needs(&[Feature::Hazards]),
+        Case::new("streams/hazard/unordered_write_after_read_is_refused", write_after_read)
+            .needs(&[Feature::Hazards]),
+        Case::new("streams/hazard/parts_that_do_not_meet_are_free", parts)
             .needs(&[Feature::Hazards]),
         Case::new("streams/hazard/the_wrapper_refuses", wrapper_hazard),
         Case::new("streams/hazard/the_wrapper_finds_unwritten_memory", wrapper_unwritten),
@@ -166,6 +182,11 @@ fn already_passed(lab: &Lab) -> Verdict {
     let (a, b) = (lab.stream(0)?, lab.stream(0)?);
     let x = floats(&*a, &[5.0; 8])?;
     let point = a.point();
+    // Long past, with more behind it.
+    let other = a.alloc(64)?;
+    a.fill(&other.whole(), 1)?;
+    a.fill(&other.whole(), 2)?;
+    a.synchronize(SOON)?;
     point.synchronize(SOON)?;
     b.wait(&point)?;
     b.wait(&point)?;
@@ -333,6 +354,143 @@ fn hazard(lab: &Lab, write: bool) -> Verdict {
     bump(&*a, &x, &x)?;
     a.synchronize(SOON)?;
     Ok(())
+}
+
+fn write_after_read(lab: &Lab) -> Verdict {
+    let (a, b) = (lab.stream(0)?, lab.stream(0)?);
+    let (x, sum) = (floats(&*a, &[1.0; 8])?, floats(&*a, &[0.0; 8])?);
+    // Everybody knows that x is written; only a knows that it is being read.
+    b.wait(&a.point())?;
+    a.submit(&add(&x, &x, &sum).into())?;
+    let before = b.point().value();
+    is(&refused("a write that nothing orders", b.fill(&x.region(), 0))?, "Usage", usage)?;
+    equal("commands submitted", b.point().value(), before)?;
+    // Reading beside it is no hazard.
+    b.submit(&add(&x, &x, &floats(&*b, &[0.0; 8])?).into())?;
+    b.wait(&a.point())?;
+    b.fill(&x.region(), 0)?;
+    b.synchronize(SOON)?;
+    Ok(())
+}
+
+fn parts(lab: &Lab) -> Verdict {
+    let (a, b) = (lab.stream(0)?, lab.stream(0)?);
+    let buffer = a.alloc(100)?;
+    b.wait(&a.point())?;
+    a.fill(&buffer.region(0, 50)?, 1)?;
+    b.fill(&buffer.region(50, 50)?, 2)?;
+    is(&refused("one byte too far", b.fill(&buffer.region(49, 1)?, 3))?, "Usage", usage)?;
+    a.synchronize(SOON)?;
+    b.synchronize(SOON)?;
+    // The host has seen both: nothing is unordered any more.
+    b.fill(&buffer.whole(), 4)?;
+    b.synchronize(SOON)?;
+    Ok(())
+}
+
+/// A stream that waits for a rank of a group that has not come, and that rank.
+struct Stuck {
+    stream: Arc<dyn Stream>,
+    x: Tensor,
+    late: (Arc<dyn Stream>, Arc<dyn Communicator>, Tensor),
+}
+
+fn sum(stream: &dyn Stream, rank: &Arc<dyn Communicator>, x: &Tensor) -> Verdict {
+    let (send, recv) = (x.clone(), x.clone());
+    let batch = [Collective::AllReduce { send, recv, reduction: Reduction::Sum }];
+    Ok(stream.submit_collectives(rank, &batch, &"late sum".into())?)
+}
+
+/// The one way to have a command that does not end on any backend: a rank that is missing.
+fn stuck(lab: &Lab) -> Verdict<Stuck> {
+    let id = lab.die(0).communicator_id()?;
+    let (here, there) = (lab.die(0).communicator(id, 0, 2)?, lab.die(1).communicator(id, 1, 2)?);
+    let (stream, late) = (lab.stream(0)?, lab.stream(1)?);
+    let (x, y) = (floats(&*stream, &[1.0; 8])?, floats(&*late, &[2.0; 8])?);
+    stream.synchronize(SOON)?;
+    late.synchronize(SOON)?;
+    sum(&*stream, &here, &x)?;
+    Ok(Stuck { stream, x, late: (late, there, y) })
+}
+
+impl Stuck {
+    /// The missing rank comes.
+    fn release(&self) -> Verdict {
+        let (stream, rank, y) = &self.late;
+        sum(&**stream, rank, y)?;
+        stream.synchronize(SOON)?;
+        Ok(self.stream.synchronize(SOON)?)
+    }
+}
+
+fn times_out(lab: &Lab) -> Verdict {
+    let stuck = stuck(lab)?;
+    match refused("waiting", stuck.stream.synchronize(BRIEFLY))? {
+        Error::Timeout { waiting_for, after, pending } => {
+            equal("how long was waited", after, BRIEFLY)?;
+            ensure(!waiting_for.is_empty(), || "it does not say what was waited for".into())?;
+            ensure(pending.contains("all_reduce") && pending.contains("late sum"), || {
+                format!("it does not name the all_reduce and its label: {pending}")
+            })?;
+        }
+        other => return Err(format!("expected Timeout, got: {other}").into()),
+    }
+    stuck.release()
+}
+
+fn no_time(lab: &Lab) -> Verdict {
+    let stuck = stuck(lab)?;
+    let error = refused("waiting for no time", stuck.stream.synchronize(Duration::ZERO))?;
+    is(&error, "Timeout", timeout)?;
+    stuck.release()?;
+    // What is done needs no time.
+    stuck.stream.synchronize(Duration::ZERO)?;
+    Ok(())
+}
+
+fn times_out_and_goes_on(lab: &Lab) -> Verdict {
+    let stuck = stuck(lab)?;
+    bump(&*stuck.stream, &stuck.x, &stuck.x)?;
+    for _ in 0..2 {
+        is(&refused("waiting", stuck.stream.synchronize(BRIEFLY))?, "Timeout", timeout)?;
+    }
+    ensure(stuck.stream.point().timeline().failure().is_none(), || "it is poisoned".into())?;
+    stuck.release()?;
+    equal("twice the sum", values(&*stuck.stream, &stuck.x)?, vec![6.0; 8])
+}
+
+fn others_beside_a_timeout(lab: &Lab) -> Verdict {
+    let stuck = stuck(lab)?;
+    let waits = lab.stream(0)?;
+    waits.wait(&stuck.stream.point())?;
+    is(&refused("waiting for the waiter", waits.synchronize(BRIEFLY))?, "Timeout", timeout)?;
+    let free = lab.stream(0)?;
+    let buffer = free.alloc(64)?;
+    free.fill(&buffer.whole(), 1)?;
+    free.synchronize(SOON)?;
+    stuck.release()?;
+    waits.synchronize(SOON)?;
+    Ok(())
+}
+
+/// One stream feeds many, and one waits for all of them.
+fn fan(lab: &Lab) -> Verdict {
+    let (first, last) = (lab.stream(0)?, lab.stream(0)?);
+    let one = floats(&*first, &[1.0; 64])?;
+    let mut parts = Vec::new();
+    for i in 0..48 {
+        let stream = lab.stream(0)?;
+        let x = floats(&*stream, &[i as f32; 64])?;
+        stream.wait(&first.point())?;
+        stream.submit(&add(&x, &one, &x).into())?;
+        last.wait(&stream.point())?;
+        parts.push(x);
+    }
+    let total = floats(&*last, &[0.0; 64])?;
+    for x in &parts {
+        bump(&*last, &total, x)?;
+    }
+    equal("the sum of all", values(&*last, &total)?[63], (0..48).sum::<i32>() as f32 + 48.0)
 }
 
 fn wrapper_hazard(lab: &Lab) -> Verdict {

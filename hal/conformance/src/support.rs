@@ -112,8 +112,8 @@ pub struct Row {
     pub unsupported: Option<String>,
 }
 
-/// Which ops a device runs, on which dtypes, by asking it about every combination that the suite
-/// has a case for.
+/// Which ops a device runs, on which dtypes, by asking it about every op that the suite has a case
+/// for. Combinations of dtypes of which some ops run and some do not count as unsupported.
 pub fn support_matrix(device: &dyn Device) -> Vec<Row> {
     let mut rows: BTreeMap<(usize, Vec<&'static str>, Vec<&'static str>), Row> = BTreeMap::new();
     for (_, op) in op::cases() {
@@ -130,7 +130,12 @@ pub fn support_matrix(device: &dyn Device) -> Vec<Row> {
             Support::No(reason) => Some(reason),
         };
         let row = Row { op: op.kind().name(), reads, writes, unsupported };
-        rows.entry((place, row.reads.clone(), row.writes.clone())).or_insert(row);
+        let kept =
+            rows.entry((place, row.reads.clone(), row.writes.clone())).or_insert(row.clone());
+        // One op that does not run is what a reader must know of.
+        if kept.unsupported.is_none() {
+            *kept = row;
+        }
     }
     rows.into_values().collect()
 }
@@ -160,4 +165,38 @@ pub fn support_table(devices: &[(&str, Vec<Row>)]) -> String {
         out.push('\n');
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_matched_by_op_and_dtypes() {
+        let row = |op, reads: &[&'static str], unsupported: Option<&str>| Row {
+            op,
+            reads: reads.to_vec(),
+            writes: vec!["f32"],
+            unsupported: unsupported.map(str::to_string),
+        };
+        let one = vec![row("add", &["f32"], None), row("add", &["bf16"], None)];
+        let two = vec![row("add", &["bf16"], Some("no BF16 unit"))];
+        let table = support_table(&[("one", one), ("two", two)]);
+        let lines: Vec<&str> = table.lines().collect();
+        assert_eq!(lines[0], "| op | reads | writes | one | two |");
+        assert_eq!(lines[2], "| `add` | f32 | f32 | yes | not asked |");
+        assert_eq!(lines[3], "| `add` | bf16 | f32 | yes | no BF16 unit |");
+    }
+
+    #[test]
+    fn every_op_has_a_row_on_a_device_that_refuses_none() {
+        let device = hal::NullDevice::new(hal::DeviceId(0), 1 << 20);
+        let rows = support_matrix(&*device);
+        for kind in OpKind::ALL {
+            assert!(rows.iter().any(|r| r.op == kind.name()), "no row about {}", kind.name());
+        }
+        let keys: std::collections::BTreeSet<_> =
+            rows.iter().map(|r| (r.op, &r.reads, &r.writes)).collect();
+        assert_eq!(keys.len(), rows.len(), "a combination has one row");
+    }
 }

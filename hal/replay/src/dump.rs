@@ -189,6 +189,9 @@ fn collective(part: &Part, text: &mut String) {
     if let Some(peer) = part.peer {
         let _ = write!(text, " rank {peer}");
     }
+    if let Some(offsets) = &part.offsets {
+        let _ = write!(text, " offsets {:?} {:?}", offsets.send, offsets.recv);
+    }
     if let Some((send, recv)) = &part.counts {
         let _ = write!(text, " counts {send:?} {recv:?}");
     }

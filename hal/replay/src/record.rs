@@ -260,6 +260,21 @@ pub struct Part {
     /// Elements to and from each rank of an all-to-all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub counts: Option<(Vec<usize>, Vec<usize>)>,
+    /// Offsets in device memory of an all-to-all by offsets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offsets: Option<Offsets>,
+}
+
+/// Where the rows for and from each rank begin, as values in device memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offsets {
+    /// Of what is sent.
+    pub send: View,
+    /// Of what is received, where it is written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recv: Option<View>,
+    /// The hint for cost models.
+    pub expected_rows: u32,
 }
 
 impl Part {

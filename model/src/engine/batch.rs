@@ -160,9 +160,7 @@ impl Batch {
         let positions = |s: &Span| s.past..s.past + s.tokens.len();
         match input {
             Input::TokenIds => self.tokens.iter().map(|&t| t as i32).collect(),
-            Input::Positions => {
-                self.spans.iter().flat_map(|s| positions(s).map(int)).collect()
-            }
+            Input::Positions => self.spans.iter().flat_map(|s| positions(s).map(int)).collect(),
             Input::Slots => {
                 let slot = |s: &Span, p: usize| {
                     int(s.pages[p / self.page_size] as usize * self.page_size + p % self.page_size)

@@ -45,7 +45,6 @@ impl Sequence {
         &self.pages
     }
 
-
     /// Takes another sequence's pages, for a layer that caches the same positions. The pages stay
     /// the other's: this sequence is dropped, not released.
     pub(super) fn share_pages(&mut self, other: &Sequence) {

@@ -37,7 +37,8 @@ impl Engine {
             }
             _ => None,
         });
-        let (.., device, pending) = pending.min_by_key(|(waits, reached, ..)| (*waits, *reached))?;
+        let (.., device, pending) =
+            pending.min_by_key(|(waits, reached, ..)| (*waits, *reached))?;
         Some(EngineError::Hangs { device, after: self.options.timeout, pending })
     }
 }

@@ -115,9 +115,10 @@ fn largest_workspace(
     let key = ProgramKey { module: Module::Main, shapes: vec![shape; split] };
     let inputs = ModelInputs { config, numerics: options.numerics, rank, weights };
     let Some((graph, schedule)) = plan_program(inputs, &key) else { return (0, 0) };
-    let host = graph.values().iter().filter(|v| {
-        matches!(v.source, Source::Output(..) | Source::Input(..))
-    });
+    let host = graph
+        .values()
+        .iter()
+        .filter(|v| matches!(v.source, Source::Output(..) | Source::Input(..)));
     let communication = communication(&graph).min(schedule.arena.size);
     let scratch = schedule.arena.size - communication;
     (scratch + host.map(|v| v.desc.bytes()).sum::<u64>(), communication)
@@ -170,8 +171,7 @@ pub fn fitting(
         memory_plan(config, plan, options, mtp).iter().all(|m| m.total() <= capacity)
     };
     let page = options.page_size;
-    let with_length =
-        |pages: usize| fits(EngineOptions { max_model_len: pages * page, ..options });
+    let with_length = |pages: usize| fits(EngineOptions { max_model_len: pages * page, ..options });
     let with_sequences =
         |n: usize| fits(EngineOptions { max_sequences: n * plan.options().data, ..options });
     Fitting {

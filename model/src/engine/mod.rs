@@ -234,7 +234,8 @@ impl Engine {
         let mut engine = Engine::unloaded(&devices, plan, config, options, has_mtp)?;
         let planned = |number: usize, device: Arc<dyn Device>| {
             let rank = engine.plan.rank(number);
-            let weights = weights::plan(&engine.config, &rank, memory::plan_options(options, has_mtp));
+            let weights =
+                weights::plan(&engine.config, &rank, memory::plan_options(options, has_mtp));
             (device, rank, weights)
         };
         let devices = devices.into_iter().take(engine.plan.ranks()).enumerate();

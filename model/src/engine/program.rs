@@ -197,8 +197,7 @@ impl Rank {
         {
             return Ok(program);
         }
-        let inputs =
-            ModelInputs { config, numerics, rank: &self.plan, weights: &self.weight_plan };
+        let inputs = ModelInputs { config, numerics, rank: &self.plan, weights: &self.weight_plan };
         let (graph, schedule) = plan(inputs, key).ok_or(EngineError::NoMtp)?;
         self.reserve_workspace(schedule.arena.size)?;
         self.open_lanes(schedule.lanes)?;
@@ -231,9 +230,8 @@ impl Rank {
             layout: &layout,
             outputs: &outputs,
         };
-        let places: Vec<_> = (0..graph.values().len())
-            .map(|id| binder.place(&graph, ValueId(id as u32)))
-            .collect();
+        let places: Vec<_> =
+            (0..graph.values().len()).map(|id| binder.place(&graph, ValueId(id as u32))).collect();
         let (issues, marks, attention) = bind(&graph, &schedule, &places, self)?;
         let workspace = self.workspace.clone();
         let points = vec![None; marks];

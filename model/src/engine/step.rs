@@ -239,7 +239,13 @@ impl Engine {
             .collect()
     }
 
-    fn shape(&self, batch: &Batch, expanded: bool, wanted: Wanted, expert_tokens: usize) -> StepShape {
+    fn shape(
+        &self,
+        batch: &Batch,
+        expanded: bool,
+        wanted: Wanted,
+        expert_tokens: usize,
+    ) -> StepShape {
         let page_size = self.options.page_size;
         StepShape {
             tokens: batch.len(),
@@ -283,7 +289,13 @@ impl Engine {
                 }
                 for tensor in 0..self.plan.options().tensor {
                     let rank = self.plan.rank_at(stage, *data, tensor);
-                    running.push(Running { rank, batches: at, key: key.clone(), program: None, at: Some(0) });
+                    running.push(Running {
+                        rank,
+                        batches: at,
+                        key: key.clone(),
+                        program: None,
+                        at: Some(0),
+                    });
                 }
             }
         }
@@ -367,7 +379,9 @@ impl Engine {
                 let left = deadline.saturating_duration_since(Instant::now());
                 match wanted {
                     Wanted::Greedy if first => {
-                        let Some(tensor) = program.output(part, Output::Candidates) else { continue };
+                        let Some(tensor) = program.output(part, Output::Candidates) else {
+                            continue;
+                        };
                         let bytes = read_tensor(stream, tensor, left)?;
                         let tokens = self.choose(&bytes, items.len(), rank.plan.tensor.size);
                         for (item, token) in items.iter().zip(tokens) {
@@ -384,7 +398,9 @@ impl Engine {
                                 rows.push((*item, vec![0.0; vocabulary]));
                             }
                             let row = &mut rows[group_began + at].1[columns.clone()];
-                            row.iter_mut().zip(own).for_each(|(to, b)| *to = f32::from_le_bytes(*b));
+                            row.iter_mut()
+                                .zip(own)
+                                .for_each(|(to, b)| *to = f32::from_le_bytes(*b));
                             at += 1;
                         }
                     }
@@ -411,7 +427,8 @@ impl Engine {
         let best = |row: usize| {
             let mut best: Option<(f32, u32)> = None;
             for rank in 0..ranks {
-                let first = crate::plan::Member { rank, size: ranks }.part(self.config.vocab_size).start;
+                let first =
+                    crate::plan::Member { rank, size: ranks }.part(self.config.vocab_size).start;
                 let at = rank * rows + row;
                 let (value, token) = (f32::from_bits(values[at]), first as u32 + indices[at]);
                 let exists = (token as usize) < self.vocabulary();

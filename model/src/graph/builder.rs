@@ -114,11 +114,19 @@ impl<'w> Builder<'w> {
     }
 
     pub(super) fn input(&mut self, input: Input, shape: &[usize]) -> Slot {
-        self.bind(&format!("{input:?}"), TensorDesc::new(DType::I32, shape), Source::Input(self.micro_batch, input))
+        self.bind(
+            &format!("{input:?}"),
+            TensorDesc::new(DType::I32, shape),
+            Source::Input(self.micro_batch, input),
+        )
     }
 
     pub(super) fn output(&mut self, output: Output, dtype: DType, shape: &[usize]) -> Slot {
-        self.bind(&format!("{output:?}"), TensorDesc::new(dtype, shape), Source::Output(self.micro_batch, output))
+        self.bind(
+            &format!("{output:?}"),
+            TensorDesc::new(dtype, shape),
+            Source::Output(self.micro_batch, output),
+        )
     }
 
     pub(super) fn cache(&mut self, layer: usize, shape: &[usize]) -> Slot {
@@ -184,7 +192,8 @@ impl<'w> Builder<'w> {
             let rows = part.desc().dim(0) * self.rank.tensor.size;
             self.scratch_of(name, part.desc().dtype(), &[rows, part.desc().dim(1)])
         });
-        let gather = |(send, recv): (&Slot, &Slot)| Collective::AllGather { send: *send, recv: *recv };
+        let gather =
+            |(send, recv): (&Slot, &Slot)| Collective::AllGather { send: *send, recv: *recv };
         let batch = parts.iter().zip(&whole).map(gather).collect();
         self.collectives(name, Group::Tensor, batch);
         whole

@@ -7,7 +7,6 @@ mod builder;
 mod deepseek;
 mod moe;
 
-
 pub use deepseek::{Form, ModelInputs, StepShape, main_model, mtp_module};
 
 use crate::plan::Group;

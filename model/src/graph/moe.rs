@@ -131,8 +131,7 @@ impl Model<'_> {
         let (count, k) = (chosen.experts.desc().dim(0), chosen.experts.desc().dim(1));
         let offsets = self.b.scratch_of("expert offsets", DType::I32, &[experts + 1]);
         let rows = self.b.scratch_of("expert rows", DType::I32, &[count, k]);
-        let out =
-            self.b.scratch_of("permuted", x.desc().dtype(), &[copies, x.desc().dim(1)]);
+        let out = self.b.scratch_of("permuted", x.desc().dtype(), &[copies, x.desc().dim(1)]);
         let out_scales = x_scales
             .map(|s| self.b.scratch_of("permuted scales", DType::F32, &[copies, s.desc().dim(1)]));
         // Where the host knows how many copies there are, all rows count.
@@ -190,7 +189,8 @@ impl Model<'_> {
         let mut sent = Vec::with_capacity(hops.len());
         let mut base = None;
         for (number, hop) in hops.iter().enumerate() {
-            let name = if hops.len() == 1 { String::new() } else { format!(" {}", hop.group.name()) };
+            let name =
+                if hops.len() == 1 { String::new() } else { format!(" {}", hop.group.name()) };
             let (arrived, trace) = self.dispatch(at, hop, name, placement, number == 0);
             if number == 0 {
                 // Behind it the first hop hides.

@@ -71,7 +71,9 @@ impl PlanError {
         let nearest = match dies / others {
             0 => format!("the most that fits is {dies} ranks in all"),
             most => {
-                format!("with data {data} and pipeline {pipeline}, tensor {most} is the most that fits")
+                format!(
+                    "with data {data} and pipeline {pipeline}, tensor {most} is the most that fits"
+                )
             }
         };
         PlanError { rule: Rule::EnoughDies, problem, nearest }
@@ -105,7 +107,11 @@ pub(super) fn check(config: &ModelConfig, options: ParallelOptions) -> Result<()
     for (name, width) in widths {
         if tensor > width {
             let problem = format!("tensor {tensor} and {name} of {width}");
-            return broken(Rule::ColumnPerTensorRank, problem, format!("tensor {width} is the most"));
+            return broken(
+                Rule::ColumnPerTensorRank,
+                problem,
+                format!("tensor {width} is the most"),
+            );
         }
     }
     let layers = config.num_hidden_layers;
@@ -156,8 +162,16 @@ mod tests {
         let base = ParallelOptions::default();
         for (options, rule, words) in [
             (ParallelOptions { tensor: 0, ..base }, Rule::Positive, "tensor is 0"),
-            (ParallelOptions { tensor: 129, ..base }, Rule::HeadPerTensorRank, "tensor 128 is the most"),
-            (ParallelOptions { pipeline: 62, ..base }, Rule::LayerPerStage, "pipeline 61 is the most"),
+            (
+                ParallelOptions { tensor: 129, ..base },
+                Rule::HeadPerTensorRank,
+                "tensor 128 is the most",
+            ),
+            (
+                ParallelOptions { pipeline: 62, ..base },
+                Rule::LayerPerStage,
+                "pipeline 61 is the most",
+            ),
             (
                 ParallelOptions { redundant_experts: Some(8), ..base },
                 Rule::RedundancyNeedsExpertParallel,

@@ -173,7 +173,9 @@ fn pack(weights: &[f64], bins: usize, each: usize) -> Vec<Vec<usize>> {
 fn improve(weights: &[f64], packed: &mut [Vec<usize>], sums: &mut [f64]) {
     // Each swap lowers the largest sum or the number of bins that have it; the bound is for safety.
     for _ in 0..4 * weights.len() {
-        let Some(heavy) = (0..sums.len()).max_by(|&a, &b| sums[a].total_cmp(&sums[b])) else { return };
+        let Some(heavy) = (0..sums.len()).max_by(|&a, &b| sums[a].total_cmp(&sums[b])) else {
+            return;
+        };
         let mut best: Option<(f64, usize, usize, usize)> = None;
         for (light, items) in packed.iter().enumerate().filter(|(b, _)| *b != heavy) {
             for (i, &mine) in packed[heavy].iter().enumerate() {

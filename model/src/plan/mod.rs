@@ -338,7 +338,8 @@ mod tests {
             let parts: Vec<_> = (0..size).map(|rank| Member { rank, size }.part(total)).collect();
             assert_eq!(parts.iter().map(ExactSizeIterator::len).sum::<usize>(), total);
             assert!(parts.windows(2).all(|w| w[0].end == w[1].start));
-            let (least, most) = (parts.iter().map(|p| p.len()).min(), parts.iter().map(|p| p.len()).max());
+            let (least, most) =
+                (parts.iter().map(|p| p.len()).min(), parts.iter().map(|p| p.len()).max());
             assert!(most.unwrap() - least.unwrap() <= 1);
         }
     }

@@ -16,7 +16,9 @@ fn layer_cost(config: &ModelConfig, layer: usize) -> u64 {
         + c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
         + heads * c.v_head_dim * h;
     let mlp = match c.is_moe_layer(layer) {
-        true => 3 * h * (c.num_experts_per_tok * c.moe_intermediate_size + c.shared_intermediate_size()),
+        true => {
+            3 * h * (c.num_experts_per_tok * c.moe_intermediate_size + c.shared_intermediate_size())
+        }
         false => 3 * h * c.intermediate_size,
     };
     (q + kv + mlp) as u64
@@ -51,8 +53,7 @@ fn cut(costs: &[u64], parts: usize) -> Vec<Range<usize>> {
         }
         runs <= parts
     };
-    let (mut low, mut high) =
-        (costs.iter().copied().max().unwrap_or(0), costs.iter().sum::<u64>());
+    let (mut low, mut high) = (costs.iter().copied().max().unwrap_or(0), costs.iter().sum::<u64>());
     while low < high {
         let middle = low + (high - low) / 2;
         if fits(middle) { high = middle } else { low = middle + 1 }

@@ -66,7 +66,14 @@ fn lower_bound(lives: &[Life]) -> u64 {
     }
     changes.sort_unstable();
     let mut live = 0;
-    changes.iter().map(|(_, change)| { live += change; live }).max().unwrap_or(0) as u64
+    changes
+        .iter()
+        .map(|(_, change)| {
+            live += change;
+            live
+        })
+        .max()
+        .unwrap_or(0) as u64
 }
 
 /// Whether all of a value's uses are ordered before all of another's.

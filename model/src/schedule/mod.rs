@@ -175,11 +175,11 @@ impl Schedule {
             Event::Node(node) => clocks[node].clone(),
         };
         let wait = |needs: &[u32],
-                        lane: Lane,
-                        knowledge: &mut Clock,
-                        clocks: &[Clock],
-                        nodes_at: &[Vec<usize>],
-                        items: &mut Vec<Item>| {
+                    lane: Lane,
+                    knowledge: &mut Clock,
+                    clocks: &[Clock],
+                    nodes_at: &[Vec<usize>],
+                    items: &mut Vec<Item>| {
             let needed: Vec<(Lane, u32, Event, Clock)> = (0..count)
                 .filter(|&other| other != lane && needs[other] > knowledge.of(other))
                 .map(|other| {

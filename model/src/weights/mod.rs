@@ -200,8 +200,7 @@ mod tests {
     use crate::config::Preset;
     use crate::plan::{ParallelOptions, ParallelPlan};
 
-    const OPTIONS: PlanOptions =
-        PlanOptions { numerics: Numerics::Fp8, mtp: false, positions: 1 };
+    const OPTIONS: PlanOptions = PlanOptions { numerics: Numerics::Fp8, mtp: false, positions: 1 };
 
     #[test]
     fn v3_in_fp8_has_the_published_size() {
@@ -227,7 +226,13 @@ mod tests {
             ParallelOptions { tensor: 32, ..base },
             ParallelOptions { tensor: 3, pipeline: 2, ..base },
             ParallelOptions { data: 8, expert: true, ..base },
-            ParallelOptions { tensor: 4, data: 2, expert: true, redundant_experts: Some(8), ..base },
+            ParallelOptions {
+                tensor: 4,
+                data: 2,
+                expert: true,
+                redundant_experts: Some(8),
+                ..base
+            },
         ] {
             let plan = ParallelPlan::new(&config, options).unwrap();
             let mut held: HashMap<String, u64> = HashMap::new();

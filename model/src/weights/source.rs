@@ -85,9 +85,7 @@ pub(super) fn describe(
     let kv_rows = || of_heads(c.qk_nope_head_dim + c.v_head_dim);
     let inner = |member: Member, whole: usize| member.part(whole);
     match key.role {
-        Role::Embedding => {
-            plain(&["model.embed_tokens.weight"], rank.tensor.part(c.vocab_size), h)
-        }
+        Role::Embedding => plain(&["model.embed_tokens.weight"], rank.tensor.part(c.vocab_size), h),
         Role::Head => plain(&["lm_head.weight"], rank.tensor.part(c.vocab_size), h),
         Role::FinalNorm => vector(&["model.norm.weight"], h),
         Role::InputNorm => vector(&["input_layernorm.weight"], h),
@@ -103,18 +101,14 @@ pub(super) fn describe(
             storage: Storage::F32,
             ..vector(&["mlp.gate.e_score_correction_bias"], c.n_routed_experts)
         },
-        Role::QA => {
-            matrix(&["self_attn.q_a_proj.weight"], 0..c.q_lora_rank.unwrap_or(0), 0..h)
-        }
+        Role::QA => matrix(&["self_attn.q_a_proj.weight"], 0..c.q_lora_rank.unwrap_or(0), 0..h),
         Role::QB => matrix(
             &["self_attn.q_b_proj.weight"],
             of_heads(c.qk_head_dim()),
             0..c.q_lora_rank.unwrap_or(0),
         ),
         Role::Q => matrix(&["self_attn.q_proj.weight"], of_heads(c.qk_head_dim()), 0..h),
-        Role::KvA => {
-            matrix(&["self_attn.kv_a_proj_with_mqa.weight"], 0..c.kv_latent_width(), 0..h)
-        }
+        Role::KvA => matrix(&["self_attn.kv_a_proj_with_mqa.weight"], 0..c.kv_latent_width(), 0..h),
         Role::KvB => matrix(&["self_attn.kv_b_proj.weight"], kv_rows(), 0..c.kv_lora_rank),
         Role::KvBAbsorbed => plain(&["self_attn.kv_b_proj.weight"], kv_rows(), c.kv_lora_rank),
         Role::O => matrix(&["self_attn.o_proj.weight"], 0..h, of_heads(c.v_head_dim)),
@@ -201,9 +195,8 @@ impl Description {
             None => TensorDesc::new(dtype, &[rows, columns]),
         };
         let desc = shaped(dtype, rows, columns.len());
-        let scales = quantized.then(|| {
-            shaped(DType::F32, grid.scale_rows(rows), grid.scale_columns(columns.len()))
-        });
+        let scales = quantized
+            .then(|| shaped(DType::F32, grid.scale_rows(rows), grid.scale_columns(columns.len())));
         WeightSpec { key, desc, scales, grid }
     }
 
@@ -233,6 +226,8 @@ impl Description {
             }
             None => of(0, None).collect(),
         };
-        all.into_iter().map(|(slot, expert, stack, name)| piece(slot, expert, stack, name)).collect()
+        all.into_iter()
+            .map(|(slot, expert, stack, name)| piece(slot, expert, stack, name))
+            .collect()
     }
 }

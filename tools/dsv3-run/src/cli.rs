@@ -35,6 +35,7 @@ Examples:
   dsv3-run --record run.hal                              write every device command to a file,
   dsv3-run replay run.hal --backend vacc                 and run it again elsewhere: a bug report
   dsv3-run checkpoint inspect DIR                        is this checkpoint complete?
+  dsv3-run conformance --filter \"collectives/*\"         does the backend keep the contract?
 
 Exit status: 0 success, 1 the run failed (device, runtime), 2 unusable input.";
 
@@ -53,6 +54,8 @@ pub(crate) enum Command {
     },
     /// List the dies that a backend offers, and what is assumed about them.
     Devices(DevicesArgs),
+    /// Run the conformance suite: does a backend do what the contract says?
+    Conformance(ConformanceArgs),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -270,6 +273,21 @@ pub(crate) struct ReplayArgs {
     /// Print the commands as text, one a line, and run nothing.
     #[arg(long, conflicts_with_all = ["json", "tolerance"])]
     pub(crate) dump: bool,
+    /// Print one JSON object and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ConformanceArgs {
+    #[command(flatten)]
+    pub(crate) system: SystemArgs,
+    /// Only cases whose name contains this, or matches it where it has a "*".
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) filter: Option<String>,
+    /// Name the cases and run none.
+    #[arg(long)]
+    pub(crate) list: bool,
     /// Print one JSON object and nothing else.
     #[arg(long)]
     pub(crate) json: bool,

@@ -5,6 +5,7 @@
 
 mod checkpoint;
 mod cli;
+mod conformance;
 mod devices;
 mod eval;
 mod generate;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         Some(Command::Replay(args)) => replay::run(&args),
         Some(Command::Checkpoint { command }) => checkpoint::run(&command),
         Some(Command::Devices(args)) => devices::run(&args),
+        Some(Command::Conformance(args)) => conformance::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -66,6 +68,7 @@ fn exit_status(error: &anyhow::Error) -> u8 {
     let from_device = |cause: &(dyn std::error::Error + 'static)| {
         cause.is::<hal::Error>()
             || cause.is::<replay::Differs>()
+            || cause.is::<conformance::SuiteFailed>()
             || matches!(cause.downcast_ref(), Some(model::engine::EngineError::Device(_)))
     };
     if error.chain().any(from_device) { FAILED } else { BAD_INPUT }

@@ -32,7 +32,8 @@ pub(crate) fn run(args: &ReplayArgs) -> anyhow::Result<()> {
     let mut reader = Reader::new(file).with_context(|| format!("{name}"))?;
     if args.dump {
         let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-        ::replay::dump(&mut reader, args.unfinished, &mut out).with_context(|| format!("{name}"))?;
+        ::replay::dump(&mut reader, args.unfinished, &mut out)
+            .with_context(|| format!("{name}"))?;
         return Ok(out.flush()?);
     }
     let platform = Platform::start(&args.system)?;
@@ -132,7 +133,10 @@ fn text(report: &Report, took: Duration) -> String {
     );
     note(
         report.skipped > 0,
-        format!("{} commands were left out: they were refused then, or cannot be made now", report.skipped),
+        format!(
+            "{} commands were left out: they were refused then, or cannot be made now",
+            report.skipped
+        ),
     );
     for failure in &report.failures {
         let words = failure.to_string();
@@ -144,7 +148,11 @@ fn text(report: &Report, took: Duration) -> String {
     note(report.different == 0, "no differences".into());
     note(
         report.different > 0,
-        bold(&format!("{} of {} comparisons differ", report.different, report.reads + report.hashes)),
+        bold(&format!(
+            "{} of {} comparisons differ",
+            report.different,
+            report.reads + report.hashes
+        )),
     );
     for difference in &report.differences {
         note(true, format!("  {difference}"));

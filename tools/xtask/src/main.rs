@@ -3,8 +3,10 @@
 
 mod bindings;
 mod licences;
+mod mutants;
 mod rules;
 mod speed;
+mod support;
 
 use anyhow::{Context, ensure};
 use clap::{Parser, Subcommand};
@@ -41,6 +43,22 @@ enum Task {
         #[arg(long, value_name = "PATH")]
         python: Option<PathBuf>,
     },
+    /// Which ops each backend runs on which dtypes: docs/op-support.md, from the conformance suite.
+    SupportMatrix {
+        /// Change nothing; fail if what is committed differs.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Breaks the simulator in many places, one at a time, and checks that the conformance suite
+    /// notices; writes docs/mutations.md. Takes a while, and is not part of `ci`.
+    Mutants {
+        /// Try this one only.
+        #[arg(long, value_name = "NAME")]
+        only: Option<String>,
+        /// Leave out those that an earlier run here has caught.
+        #[arg(long, conflicts_with = "only")]
+        resume: bool,
+    },
     /// The architecture's rules that can be read off the sources.
     Rules,
 }
@@ -51,6 +69,8 @@ fn main() -> ExitCode {
         Task::Bindings { check } => bindings::run(&root(), check),
         Task::Licences => licences::check(&root()),
         Task::Speed { python } => speed::measure(&root(), python.as_deref()),
+        Task::SupportMatrix { check } => support::run(&root(), check),
+        Task::Mutants { only, resume } => mutants::run(&root(), only.as_deref(), resume),
         Task::Rules => rules::check(&root()),
     };
     match result {
@@ -70,6 +90,7 @@ fn ci(skip_tests: bool) -> anyhow::Result<()> {
     cargo(&["fmt", "--all", "--check"], &[])?;
     rules::check(&root())?;
     bindings::run(&root(), true)?;
+    support::run(&root(), true)?;
     licences::check(&root())?;
     cargo(&["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"], &[])?;
     let docs = ["doc", "--workspace", "--no-deps", "--document-private-items", "--locked"];

@@ -1,21 +1,40 @@
 //! Operands on the host: what a case is made of before it meets a device.
 
 use hal::{Operand, TensorDesc};
-use std::sync::Arc;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
 
 /// The bytes of one buffer. Operands that share them alias each other.
-#[derive(Debug)]
-pub struct HostMemory(Box<[u8]>);
+pub struct HostMemory {
+    bytes: OnceLock<Box<[u8]>>,
+    /// Makes the bytes when they are first asked for: most runs look at few of the cases.
+    make: Option<Box<dyn Fn() -> Vec<u8> + Send + Sync>>,
+}
+
+impl fmt::Debug for HostMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.bytes.get() {
+            Some(bytes) => write!(f, "{} bytes", bytes.len()),
+            None => f.write_str("bytes not made yet"),
+        }
+    }
+}
 
 impl HostMemory {
     /// These bytes.
     pub fn new(bytes: Vec<u8>) -> Self {
-        HostMemory(bytes.into())
+        HostMemory { bytes: OnceLock::from(Box::from(bytes)), make: None }
+    }
+
+    /// The bytes that `make` gives, once somebody wants them.
+    pub fn lazy(make: impl Fn() -> Vec<u8> + Send + Sync + 'static) -> Self {
+        HostMemory { bytes: OnceLock::new(), make: Some(Box::new(make)) }
     }
 
     /// The bytes.
     pub fn bytes(&self) -> &[u8] {
-        &self.0
+        self.bytes
+            .get_or_init(|| self.make.as_ref().map_or_else(Box::default, |make| make().into()))
     }
 }
 

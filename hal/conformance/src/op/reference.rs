@@ -43,7 +43,9 @@ pub fn nearest_e4m3(x: f64) -> u8 {
         LazyLock::new(|| std::array::from_fn(|byte| e4m3(byte as u8)));
     let distance = |byte: &u8| (VALUES[usize::from(*byte)] - x.abs().min(448.0)).abs();
     let order = |a: &u8, b: &u8| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1)));
-    let best = (0..0x7f_u8).min_by(order).unwrap();
+    // The values ascend: only the two around `x` can be nearest.
+    let above = VALUES.partition_point(|v| *v < x.abs().min(448.0)).min(0x7e) as u8;
+    let best = (above.saturating_sub(1)..=above).min_by(order).unwrap_or(0);
     if x < 0.0 { best | 0x80 } else { best }
 }
 

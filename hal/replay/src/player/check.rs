@@ -73,8 +73,10 @@ impl Player<'_> {
         let tensor = |view: &Option<View>, what: &str| {
             self.tensor(view.as_ref().ok_or_else(|| lacks(what))?, die)
         };
-        let (send, recv) =
-            (|| tensor(&part.send, "a tensor to send"), || tensor(&part.recv, "a tensor to receive"));
+        let (send, recv) = (
+            || tensor(&part.send, "a tensor to send"),
+            || tensor(&part.recv, "a tensor to receive"),
+        );
         let reduction = || part.reduction.ok_or_else(|| lacks("a reduction"));
         let peer = || part.peer.ok_or_else(|| lacks("a rank"));
         Ok(match part.kind {
@@ -88,6 +90,20 @@ impl Player<'_> {
             CollectiveKind::AllToAll => {
                 let counts = part.counts.clone().map(|(send, recv)| PeerCounts { send, recv });
                 Collective::AllToAll { send: send()?, recv: recv()?, counts: counts.map(Arc::new) }
+            }
+            CollectiveKind::AllToAllV => {
+                let offsets = part.offsets.as_ref().ok_or_else(|| lacks("offsets"))?;
+                Collective::AllToAllV {
+                    send: send()?,
+                    recv: recv()?,
+                    send_offsets: self.tensor(&offsets.send, die)?,
+                    recv_offsets: offsets
+                        .recv
+                        .as_ref()
+                        .map(|view| self.tensor(view, die))
+                        .transpose()?,
+                    expected_rows: offsets.expected_rows,
+                }
             }
             CollectiveKind::Broadcast => Collective::Broadcast { tensor: send()?, root: peer()? },
             CollectiveKind::Send => Collective::Send { tensor: send()?, peer: peer()? },

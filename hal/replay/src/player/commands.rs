@@ -102,12 +102,7 @@ impl Player<'_> {
         Ok(())
     }
 
-    fn submit(
-        &mut self,
-        stream: u64,
-        command: u64,
-        failed: Option<&Failed>,
-    ) -> Result<(), Stop> {
+    fn submit(&mut self, stream: u64, command: u64, failed: Option<&Failed>) -> Result<(), Stop> {
         let (handle, die) = self.stream(stream)?;
         let Some(definition) = self.commands.get(&command) else {
             return Err(Stop::Bad(format!("there is no command {command}")));
@@ -182,7 +177,8 @@ impl Player<'_> {
         let lane = self.lane(stream)?;
         if value > lane.value && !lane.deviates && failed.is_none() {
             let submitted = lane.value;
-            let problem = format!("value {value} of stream {stream}, which has come to {submitted}");
+            let problem =
+                format!("value {value} of stream {stream}, which has come to {submitted}");
             return Err(Stop::Bad(problem));
         }
         Ok(Point::new(lane.timeline.clone(), value.min(lane.value)))

@@ -4,7 +4,7 @@ use super::Shared;
 use super::communicator::RecordedCommunicator;
 use super::log::Numbered;
 use super::memory::RecordedBuffer;
-use crate::record::{Call, Definition, Part, Span, View};
+use crate::record::{Call, Definition, Offsets, Part, Span, View};
 use hal::{
     Buffer, Collective, Command, Communicator, Device, Error, Label, Point, Region, Result, Stream,
     StreamId, Tensor, Timeline, Timestamp,
@@ -72,6 +72,7 @@ impl RecordedStream {
             reduction: None,
             peer: None,
             counts: None,
+            offsets: None,
         };
         match collective {
             Collective::AllReduce { send, recv, reduction }
@@ -86,6 +87,14 @@ impl RecordedStream {
                 (part.send, part.recv) = (Some(view(send)?), Some(view(recv)?));
                 part.counts = counts.as_ref().map(|c| (c.send.clone(), c.recv.clone()));
             }
+            Collective::AllToAllV { send, recv, send_offsets, recv_offsets, expected_rows } => {
+                (part.send, part.recv) = (Some(view(send)?), Some(view(recv)?));
+                part.offsets = Some(Offsets {
+                    send: view(send_offsets)?,
+                    recv: recv_offsets.as_ref().map(view).transpose()?,
+                    expected_rows: *expected_rows,
+                });
+            }
             Collective::Broadcast { tensor, root: peer } | Collective::Send { tensor, peer } => {
                 (part.send, part.peer) = (Some(view(tensor)?), Some(*peer));
             }
@@ -97,30 +106,7 @@ impl RecordedStream {
     }
 
     fn inner_collective(&self, collective: &Collective) -> Result<Collective> {
-        let t = |tensor: &Tensor| self.shared.inner_tensor(tensor);
-        Ok(match collective {
-            Collective::AllReduce { send, recv, reduction } => {
-                Collective::AllReduce { send: t(send)?, recv: t(recv)?, reduction: *reduction }
-            }
-            Collective::AllGather { send, recv } => {
-                Collective::AllGather { send: t(send)?, recv: t(recv)? }
-            }
-            Collective::ReduceScatter { send, recv, reduction } => {
-                Collective::ReduceScatter { send: t(send)?, recv: t(recv)?, reduction: *reduction }
-            }
-            Collective::AllToAll { send, recv, counts } => {
-                Collective::AllToAll { send: t(send)?, recv: t(recv)?, counts: counts.clone() }
-            }
-            Collective::Broadcast { tensor, root } => {
-                Collective::Broadcast { tensor: t(tensor)?, root: *root }
-            }
-            Collective::Send { tensor, peer } => {
-                Collective::Send { tensor: t(tensor)?, peer: *peer }
-            }
-            Collective::Recv { tensor, peer } => {
-                Collective::Recv { tensor: t(tensor)?, peer: *peer }
-            }
-        })
+        collective.try_map(|tensor| self.shared.inner_tensor(tensor))
     }
 }
 
