@@ -210,7 +210,7 @@ impl Device for VaccDevice {
         self.shared.deferred.tell()?;
         let mut told =
             vacc_memory_info { size: struct_size::<vacc_memory_info>(), ..Default::default() };
-        let api = self.shared.instance.runtime.api;
+        let api = self.shared.instance.runtime.api();
         // SAFETY: the handle is alive, the struct says its size.
         let status = unsafe { api.vacc_device_get_memory_info(self.shared.handle, &raw mut told) };
         self.shared.check("vacc_device_get_memory_info", status)?;
@@ -223,7 +223,7 @@ impl Device for VaccDevice {
 
     #[expect(unsafe_code, reason = "calls the library")]
     fn supports(&self, op: &Op<TensorDesc>) -> Support {
-        let api = self.shared.instance.runtime.api;
+        let api = self.shared.instance.runtime.api();
         let asked = wire::encode(
             op,
             |desc| Ok::<_, std::convert::Infallible>(wire::tensor(desc, null_mut(), 0)),
@@ -258,7 +258,7 @@ impl Device for VaccDevice {
     fn communicator_id(&self) -> Result<CommunicatorId> {
         self.shared.deferred.tell()?;
         let mut id = vacc_comm_id::default();
-        let api = self.shared.instance.runtime.api;
+        let api = self.shared.instance.runtime.api();
         // SAFETY: the handle is alive, the result is a local.
         let status = unsafe { api.vacc_comm_create_id(self.shared.handle, &raw mut id) };
         self.shared.check("vacc_comm_create_id", status)?;
@@ -280,7 +280,7 @@ impl Device for VaccDevice {
     fn set_trace(&self, sink: Option<Arc<dyn TraceSink>>) -> Result<()> {
         let device = &self.shared;
         device.deferred.tell()?;
-        let api = device.instance.runtime.api;
+        let api = device.instance.runtime.api();
         if api.vacc_profile_enable.is_err() || api.vacc_profile_read.is_err() {
             return match sink {
                 None => Ok(()),
@@ -307,7 +307,7 @@ impl Device for VaccDevice {
     fn set_faults(&self, faults: Option<Arc<FaultPlan>>) -> Result<()> {
         let device = &self.shared;
         device.deferred.tell()?;
-        let api = device.instance.runtime.api;
+        let api = device.instance.runtime.api();
         if api.vacc_device_set_faults.is_err() {
             return match faults {
                 None => Ok(()),

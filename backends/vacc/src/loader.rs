@@ -119,7 +119,7 @@ const fn ours() -> Version {
 
 /// A library that was loaded and is complete. It stays loaded until the process ends.
 pub struct Runtime {
-    pub(crate) api: &'static Api,
+    pub(crate) api: Api,
     path: String,
     version: Version,
 }
@@ -132,8 +132,8 @@ impl fmt::Debug for Runtime {
 
 impl Runtime {
     /// The functions themselves, for measuring what a direct call costs.
-    pub fn api(&self) -> &'static Api {
-        self.api
+    pub fn api(&self) -> &Api {
+        &self.api
     }
 
     /// The path, or the name under which the loader found it.
@@ -148,7 +148,7 @@ impl Runtime {
 
     /// Optional functions that it lacks. What needs one of them answers that it is unsupported.
     pub fn missing_optional(&self) -> Vec<&'static str> {
-        missing_optional(self.api)
+        missing_optional(&self.api)
     }
 
     /// What the library calls a status.
@@ -266,8 +266,8 @@ fn inspect(header: &[u8]) -> Result<(), Refusal> {
 fn open(file: &std::ffi::OsStr, path: String) -> Result<Runtime, Refusal> {
     // SAFETY: loading runs the library's constructors. It is the one that the user named, or that
     // the system's loader finds under our name, and is as trusted as this program.
-    let library = unsafe { libloading::Library::new(file) };
-    let library = library.map_err(|error| Refusal::Loader(loader_text(&error)))?;
+    let load = || unsafe { libloading::Library::new(file) };
+    let library = load().map_err(|error| Refusal::Loader(loader_text(&error)))?;
     // SAFETY: only resolves symbols; the header gives their types.
     let api = unsafe { Api::from_library(library) };
     let api = api.map_err(|error| Refusal::Loader(loader_text(&error)))?;
@@ -286,8 +286,10 @@ fn open(file: &std::ffi::OsStr, path: String) -> Result<Runtime, Refusal> {
     if !missing.is_empty() {
         return Err(Refusal::MissingRequired(missing));
     }
-    // Leaked on purpose: see the crate's documentation.
-    Ok(Runtime { api: Box::leak(Box::new(api)), path, version })
+    // Never unloaded: see the crate's documentation. The system's loader counts, and this count is
+    // not given back.
+    std::mem::forget(load().map_err(|error| Refusal::Loader(loader_text(&error)))?);
+    Ok(Runtime { api, path, version })
 }
 
 /// What the loader said: libloading keeps it as the source.

@@ -32,7 +32,7 @@ pub struct Telemetry {
 impl Telemetry {
     #[expect(unsafe_code, reason = "calls the library")]
     pub(crate) fn read(device: &DeviceShared) -> Result<Telemetry> {
-        let api = device.instance.runtime.api;
+        let api = device.instance.runtime.api();
         if api.vacc_device_get_telemetry.is_err() {
             return Err(device.lacks("telemetry", "vacc_device_get_telemetry"));
         }

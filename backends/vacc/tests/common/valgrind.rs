@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::Write;
+use std::path::Path;
 use std::process::Command;
 
 /// The program, to be run under valgrind, which makes it exit with 99 where it finds an error or a
@@ -20,6 +21,9 @@ pub(crate) fn valgrind(program: impl AsRef<OsStr>) -> Option<Command> {
     command.args(["--quiet", "--error-exitcode=99", "--leak-check=full"]);
     command.args(["--show-leak-kinds=definite,indirect,possible"]);
     command.args(["--errors-for-leak-kinds=definite,indirect,possible"]);
+    let known = Path::new(env!("CARGO_TARGET_TMPDIR")).join("valgrind.supp");
+    std::fs::write(&known, include_str!("valgrind.supp")).unwrap();
+    command.arg(format!("--suppressions={}", known.display()));
     // The simulator's threads take turns by sleeping and waking: one must not starve the others.
     command.arg("--fair-sched=yes").arg(program);
     Some(command)
