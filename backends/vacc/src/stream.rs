@@ -102,7 +102,10 @@ impl Timeline for StreamShared {
         // SAFETY: the handle is alive, the result is a local.
         match unsafe { api.vacc_stream_get_reached(self.handle, &raw mut value) } {
             status::OK => value,
-            _ => 0,
+            failed => {
+                self.device.deferred.keep(self.check("vacc_stream_get_reached", failed));
+                0
+            }
         }
     }
 
