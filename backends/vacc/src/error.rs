@@ -84,7 +84,8 @@ impl Runtime {
                 command: (!detail.is_empty()).then_some(detail),
                 problem: words,
             })),
-            status::OUT_OF_MEMORY => Error::OutOfMemory {
+            // Without sizes, the call says more.
+            status::OUT_OF_MEMORY if told.requested != 0 => Error::OutOfMemory {
                 device: subject.device,
                 requested: told.requested,
                 free: told.free,

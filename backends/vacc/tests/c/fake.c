@@ -37,6 +37,8 @@ static vacc_error last;
 
 /* Handles that were given out and not given back. */
 long fake_live(void) { return live; }
+/* Counts handles from here on. */
+void fake_forget(void) { live = 0; }
 /* Calls made so far. */
 uint64_t fake_calls(void) { return calls; }
 /* The function that failed last, or null. Asking forgets it. */
@@ -155,8 +157,8 @@ vacc_status vacc_instance_get_properties(vacc_instance instance, vacc_instance_p
 }
 vacc_status vacc_device_open(vacc_instance instance, uint32_t ordinal, vacc_device *device) {
   CALL("vacc_device_open");
-  (void)instance, (void)ordinal;
-  *device = made();
+  (void)instance;
+  *device = (vacc_device)((char *)made() + ordinal);
   return VACC_OK;
 }
 vacc_status vacc_device_close(vacc_device device) {
@@ -169,13 +171,14 @@ vacc_status vacc_device_get_properties(vacc_device device, vacc_device_propertie
   memset(&told, 0, sizeof told);
   MORE(told);
   memset(told.it.name, 'x', sizeof told.it.name); /* not terminated */
+  told.it.die_on_card = (uint32_t)((uintptr_t)device & 15);
   told.it.memory_bytes = 1u << 30;
   told.it.allocation_alignment = 256;
+  told.it.clock = VACC_CLOCK_DEVICE;
 #ifdef FAKE_UNKNOWN
   told.it.clock = 77;
   told.it.flags = 0xffffffffu;
 #endif
-  (void)device;
   return out(properties, &told, sizeof told);
 }
 vacc_status vacc_device_get_memory_info(vacc_device device, vacc_memory_info *info) {
