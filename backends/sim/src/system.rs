@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 /// Whether commands compute values, take time, or both. The same commands are issued in each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -110,6 +111,24 @@ impl System {
     /// Its dies and links.
     pub fn topology(&self) -> &Topology {
         &self.shared.topology
+    }
+
+    /// Ends the machine: what is queued is dropped, what runs is waited for, and its threads have
+    /// ended when this returns. For whoever must leave nothing behind, such as a library that is
+    /// about to be unloaded or a process whose leaks are counted; dropping everything is enough
+    /// otherwise.
+    ///
+    /// Answers `false` if the threads still run after `limit`, since somebody holds a device, a
+    /// stream or a buffer; its dies are lost.
+    pub fn stop(self, limit: Duration) -> bool {
+        let threads = self.shared.pool.threads();
+        // A stream that waits for one that hangs, or for a rank that never came, is held by what it
+        // waits for: its failure lets go of it.
+        for die in &self.shared.dies {
+            die.lose("the machine was stopped".into());
+        }
+        drop(self.shared);
+        threads.join(limit)
     }
 
     /// A die.

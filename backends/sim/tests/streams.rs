@@ -228,3 +228,34 @@ fn views_outside_their_buffer_are_refused_before_anything_runs() {
     assert!(stream.fill(&hal::Region { len: 17, ..x.region() }, 0).is_err());
     stream.synchronize(SOON).unwrap();
 }
+
+#[test]
+fn a_machine_stops_with_work_that_will_never_run() {
+    for threads in [1, 3] {
+        let system = system(Mode::Full, threads);
+        let (here, there) = (die(&system, 0), die(&system, 1));
+        let rule = "op=fill,action=hang".parse().unwrap();
+        here.set_faults(Some(Arc::new(FaultPlan::new([rule])))).unwrap();
+        let (hangs, waits) = (here.stream("hangs").unwrap(), there.stream("waits").unwrap());
+        let x = floats(&*hangs, &[1.0; 8]);
+        hangs.fill(&x.region(), 0).unwrap();
+        waits.wait(&hangs.point()).unwrap();
+        // A collective whose second rank never comes.
+        let id = here.communicator_id().unwrap();
+        let (comm, alone) = (here.communicator(id, 0, 2).unwrap(), here.stream("alone").unwrap());
+        let y = floats(&*alone, &[1.0; 8]);
+        let sum =
+            hal::Collective::AllReduce { send: y.clone(), recv: y, reduction: hal::Reduction::Sum };
+        alone.submit_collectives(&comm, &[sum], &hal::Label::Static("alone")).unwrap();
+        drop((here, there, hangs, waits, x, comm, alone));
+        assert!(system.stop(SOON));
+    }
+}
+
+#[test]
+fn a_machine_that_somebody_holds_is_lost_when_it_is_stopped() {
+    let system = system(Mode::Full, 1);
+    let stream = die(&system, 0).stream("held").unwrap();
+    assert!(!system.stop(Duration::from_millis(1)));
+    assert!(matches!(stream.alloc(8), Err(Error::Lost { .. })));
+}

@@ -43,7 +43,7 @@ impl VaccCommunicator {
             to.copy_from_slice(&from.to_le_bytes());
         }
         let mut handle = null_mut();
-        let api = device.instance.runtime.api;
+        let api = device.instance.runtime.api();
         // SAFETY: the device is alive, the id and the result are locals.
         let status = unsafe {
             api.vacc_comm_init(device.handle, &raw const wire_id, wire_rank, ranks, &raw mut handle)

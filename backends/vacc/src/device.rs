@@ -63,7 +63,9 @@ impl DeviceShared {
             cores: told.cores,
             matrix_alignment: told.matrix_alignment,
             functional: told.flags & VACC_DEVICE_FUNCTIONAL != 0,
-            clock: wire::clock_of(told.clock),
+            // A clock that cannot be read is none.
+            clock: wire::clock_of(told.clock)
+                .filter(|_| instance.runtime.api.vacc_stream_get_completion.is_ok()),
         };
         // Made first, so that the handle is closed if its properties could not be read.
         let device = DeviceShared {
@@ -103,13 +105,20 @@ impl DeviceShared {
         self.instance.runtime.translate(subject, call, told.status, Some(told))
     }
 
-    /// That an optional function is absent.
-    pub(crate) fn lacks(&self, what: &str, function: &str) -> Error {
-        Error::Unsupported {
-            device: self.id(),
-            op: what.to_string(),
-            reason: format!("{} does not export {function}", self.instance.runtime.path()),
+    /// That something is not to be had, since one of these optional functions is absent.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`], which names those that are.
+    pub(crate) fn needs(&self, what: &str, functions: &[&str]) -> Result<()> {
+        let runtime = &self.instance.runtime;
+        let mut missing = runtime.missing_optional();
+        missing.retain(|name| functions.contains(name));
+        if missing.is_empty() {
+            return Ok(());
         }
+        let reason = format!("{} does not export {}", runtime.path(), missing.join(" and "));
+        Err(Error::Unsupported { device: self.id(), op: what.to_string(), reason })
     }
 
     /// Gives what the library has recorded to whoever traces. Called where the host has waited.
@@ -182,6 +191,7 @@ impl DeviceShared {
 impl Drop for DeviceShared {
     #[expect(unsafe_code, reason = "calls the library")]
     fn drop(&mut self) {
+        self.instance.deferred.keep(self.deferred.tell());
         // SAFETY: the handle is ours, and what is on it, which holds this, is destroyed.
         let status = unsafe { self.instance.runtime.api.vacc_device_close(self.handle) };
         self.instance.deferred.keep(self.check("vacc_device_close", status));
@@ -210,7 +220,7 @@ impl Device for VaccDevice {
         self.shared.deferred.tell()?;
         let mut told =
             vacc_memory_info { size: struct_size::<vacc_memory_info>(), ..Default::default() };
-        let api = self.shared.instance.runtime.api;
+        let api = self.shared.instance.runtime.api();
         // SAFETY: the handle is alive, the struct says its size.
         let status = unsafe { api.vacc_device_get_memory_info(self.shared.handle, &raw mut told) };
         self.shared.check("vacc_device_get_memory_info", status)?;
@@ -223,7 +233,7 @@ impl Device for VaccDevice {
 
     #[expect(unsafe_code, reason = "calls the library")]
     fn supports(&self, op: &Op<TensorDesc>) -> Support {
-        let api = self.shared.instance.runtime.api;
+        let api = self.shared.instance.runtime.api();
         let asked = wire::encode(
             op,
             |desc| Ok::<_, std::convert::Infallible>(wire::tensor(desc, null_mut(), 0)),
@@ -258,7 +268,7 @@ impl Device for VaccDevice {
     fn communicator_id(&self) -> Result<CommunicatorId> {
         self.shared.deferred.tell()?;
         let mut id = vacc_comm_id::default();
-        let api = self.shared.instance.runtime.api;
+        let api = self.shared.instance.runtime.api();
         // SAFETY: the handle is alive, the result is a local.
         let status = unsafe { api.vacc_comm_create_id(self.shared.handle, &raw mut id) };
         self.shared.check("vacc_comm_create_id", status)?;
@@ -280,12 +290,10 @@ impl Device for VaccDevice {
     fn set_trace(&self, sink: Option<Arc<dyn TraceSink>>) -> Result<()> {
         let device = &self.shared;
         device.deferred.tell()?;
-        let api = device.instance.runtime.api;
-        if api.vacc_profile_enable.is_err() || api.vacc_profile_read.is_err() {
-            return match sink {
-                None => Ok(()),
-                Some(_) => Err(device.lacks("tracing", "vacc_profile_enable and _read")),
-            };
+        let api = device.instance.runtime.api();
+        let needed = device.needs("tracing", &["vacc_profile_enable", "vacc_profile_read"]);
+        if needed.is_err() {
+            return if sink.is_some() { needed } else { Ok(()) };
         }
         // The last records go to whoever asked for them.
         device.drain_trace();
@@ -307,12 +315,10 @@ impl Device for VaccDevice {
     fn set_faults(&self, faults: Option<Arc<FaultPlan>>) -> Result<()> {
         let device = &self.shared;
         device.deferred.tell()?;
-        let api = device.instance.runtime.api;
-        if api.vacc_device_set_faults.is_err() {
-            return match faults {
-                None => Ok(()),
-                Some(_) => Err(device.lacks("fault injection", "vacc_device_set_faults")),
-            };
+        let api = device.instance.runtime.api();
+        let needed = device.needs("fault injection", &["vacc_device_set_faults"]);
+        if needed.is_err() {
+            return if faults.is_some() { needed } else { Ok(()) };
         }
         let mine = |rule: &&FaultRule| rule.matches.device.is_none_or(|d| d == device.id());
         let rules = faults.iter().flat_map(|plan| plan.rules()).filter(mine);

@@ -67,16 +67,25 @@ impl Runtime {
             code: i64::from(status),
             text: self.status_text(status),
         };
-        let Some(told) = told else { return plain() };
-        let (words, detail) = (text(&told.text), text(&told.detail));
-        let device = DeviceId(told.device);
+        let nothing = blank();
+        let (told, device) = match (told, status) {
+            (Some(told), _) => (told, DeviceId(told.device)),
+            // Which command failed is what this error is about.
+            (None, status::FAILED) => return plain(),
+            (None, _) => (&nothing, subject.device),
+        };
+        let (mut words, detail) = (text(&told.text), text(&told.detail));
+        if words.is_empty() && is_typed(status) {
+            words = format!("{call} answered: {}", self.status_text(status));
+        }
         match status {
             status::INVALID_ARGUMENT => Error::Usage(Arc::new(UsageError {
                 device: subject.device,
                 command: (!detail.is_empty()).then_some(detail),
                 problem: words,
             })),
-            status::OUT_OF_MEMORY => Error::OutOfMemory {
+            // Without sizes, the call says more.
+            status::OUT_OF_MEMORY if told.requested != 0 => Error::OutOfMemory {
                 device: subject.device,
                 requested: told.requested,
                 free: told.free,
@@ -131,8 +140,23 @@ impl Runtime {
     }
 }
 
+/// Whether the HAL has an error of its own for the status.
+fn is_typed(status: i32) -> bool {
+    matches!(
+        status,
+        status::INVALID_ARGUMENT
+            | status::UNSUPPORTED
+            | status::TIMEOUT
+            | status::DEVICE_LOST
+            | status::FAILED
+    )
+}
+
 /// The command that failed first.
-fn failure_of(told: &vacc_error, words: String) -> Failure {
+fn failure_of(told: &vacc_error, mut words: String) -> Failure {
+    if wire::command_of(told.command).is_none() && told.command != VACC_COMMAND_ABORT {
+        words += &format!(" (command code {}, which is newer than this program)", told.command);
+    }
     Failure {
         stream: StreamId { device: DeviceId(told.stream_device), index: told.stream_index },
         stream_label: text(&told.stream_label).into(),
@@ -154,7 +178,9 @@ impl Deferred {
     /// Keeps the first.
     pub(crate) fn keep(&self, result: Result<()>) {
         if let Err(error) = result {
-            self.error.lock().get_or_insert(error);
+            let mut kept = self.error.lock();
+            kept.get_or_insert(error);
+            // Under the lock, so that nobody who tells an earlier one forgets this one.
             self.waiting.store(true, Ordering::Release);
         }
     }
@@ -165,8 +191,8 @@ impl Deferred {
         if !self.waiting.load(Ordering::Acquire) {
             return Ok(());
         }
-        let error = self.error.lock().take();
+        let mut kept = self.error.lock();
         self.waiting.store(false, Ordering::Release);
-        error.map_or(Ok(()), Err)
+        kept.take().map_or(Ok(()), Err)
     }
 }

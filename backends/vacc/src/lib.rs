@@ -17,7 +17,8 @@
 //! # Errors of destruction
 //!
 //! Dropping a buffer, stream or communicator cannot fail, the library's call can. Its error is
-//! kept, and returned by the next call that can tell somebody.
+//! kept, and returned by the next call that can tell somebody: one on the same die; once the die is
+//! closed, the next [`System::open`]; once the system is gone, the next [`System::new`].
 //!
 //! # The library is never unloaded
 //!
@@ -25,6 +26,7 @@
 
 mod collective;
 mod device;
+mod elf;
 mod error;
 pub mod loader;
 mod memory;

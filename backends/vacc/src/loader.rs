@@ -1,5 +1,7 @@
 //! Finding the runtime library, and refusing what is none.
 
+use crate::elf;
+use crate::error::Deferred;
 use crate::sys::{Api, VACC_ABI_MAJOR, VACC_ABI_MINOR, missing_optional, missing_required};
 use std::ffi::{CStr, OsString};
 use std::fmt;
@@ -73,6 +75,14 @@ pub enum Refusal {
     /// The file is no shared library.
     #[error("is not a shared library")]
     NotALibrary,
+    /// It ends before the parts that its header names.
+    #[error("is cut off: {size} bytes of at least {needs}")]
+    Truncated {
+        /// Bytes that it has.
+        size: u64,
+        /// Bytes that its header needs.
+        needs: u64,
+    },
     /// It is one for another machine.
     #[error("is built for {found}, this program for {expected}")]
     WrongArchitecture {
@@ -119,9 +129,11 @@ const fn ours() -> Version {
 
 /// A library that was loaded and is complete. It stays loaded until the process ends.
 pub struct Runtime {
-    pub(crate) api: &'static Api,
+    pub(crate) api: Api,
     path: String,
     version: Version,
+    /// What went wrong when its last system ended: told to whoever starts the next.
+    pub(crate) deferred: Deferred,
 }
 
 impl fmt::Debug for Runtime {
@@ -132,8 +144,8 @@ impl fmt::Debug for Runtime {
 
 impl Runtime {
     /// The functions themselves, for measuring what a direct call costs.
-    pub fn api(&self) -> &'static Api {
-        self.api
+    pub fn api(&self) -> &Api {
+        &self.api
     }
 
     /// The path, or the name under which the loader found it.
@@ -148,7 +160,7 @@ impl Runtime {
 
     /// Optional functions that it lacks. What needs one of them answers that it is unsupported.
     pub fn missing_optional(&self) -> Vec<&'static str> {
-        missing_optional(self.api)
+        missing_optional(&self.api)
     }
 
     /// What the library calls a status.
@@ -213,61 +225,27 @@ fn in_current_directory(search: &Search, name: &str) -> Option<String> {
     found.next().map(|entry| entry.display().to_string())
 }
 
-/// Loads a file that somebody named, after a look at its header: the loader's own words for a
-/// wrong file are poor.
+/// Loads a file that somebody named, after a look at it.
 fn load_file(path: &Path) -> Result<Runtime, Refusal> {
     let path = std::path::absolute(path).map_err(Refusal::Unreadable)?;
-    let mut header = [0; 20];
-    let read = std::fs::File::open(&path)
-        .and_then(|mut file| std::io::Read::read(&mut file, &mut header))
-        .map_err(Refusal::Unreadable)?;
-    inspect(&header[..read])?;
-    open(path.as_os_str(), path.display().to_string())
-}
-
-/// What this program runs on, as ELF numbers it.
-const MACHINE: Option<(u16, &str)> = if cfg!(all(target_os = "linux", target_arch = "x86_64")) {
-    Some((62, "x86-64"))
-} else if cfg!(all(target_os = "linux", target_arch = "aarch64")) {
-    Some((183, "AArch64"))
-} else {
-    None
-};
-
-/// Looks at the first bytes of an ELF file (System V ABI, "ELF header").
-fn inspect(header: &[u8]) -> Result<(), Refusal> {
-    let Some((machine, expected)) = MACHINE else { return Ok(()) };
-    const SHARED_OBJECT: u16 = 3;
-    if header.len() < 20 || header[..4] != *b"\x7fELF" {
+    // Not opened unless it is a file: a pipe would wait for somebody to write into it.
+    let kind = std::fs::metadata(&path).map_err(Refusal::Unreadable)?;
+    if kind.is_dir() {
+        return Err(Refusal::Unreadable(std::io::ErrorKind::IsADirectory.into()));
+    }
+    if !kind.is_file() {
         return Err(Refusal::NotALibrary);
     }
-    let big_endian = header[5] == 2;
-    let number = |at: usize| {
-        let bytes = [header[at], header[at + 1]];
-        if big_endian { u16::from_be_bytes(bytes) } else { u16::from_le_bytes(bytes) }
-    };
-    let (found, bits) = (number(18), if header[4] == 2 { 64 } else { 32 });
-    if found != machine || bits != 64 {
-        let name = match found {
-            3 => "x86".to_string(),
-            40 => "Arm".to_string(),
-            62 => "x86-64".to_string(),
-            183 => "AArch64".to_string(),
-            243 => "RISC-V".to_string(),
-            other => format!("ELF machine {other}"),
-        };
-        let found = format!("{name} with {bits} bits");
-        return Err(Refusal::WrongArchitecture { found, expected });
-    }
-    if number(16) != SHARED_OBJECT { Err(Refusal::NotALibrary) } else { Ok(()) }
+    elf::inspect(&std::fs::File::open(&path).map_err(Refusal::Unreadable)?)?;
+    open(path.as_os_str(), path.display().to_string())
 }
 
 #[expect(unsafe_code, reason = "loads a library")]
 fn open(file: &std::ffi::OsStr, path: String) -> Result<Runtime, Refusal> {
     // SAFETY: loading runs the library's constructors. It is the one that the user named, or that
     // the system's loader finds under our name, and is as trusted as this program.
-    let library = unsafe { libloading::Library::new(file) };
-    let library = library.map_err(|error| Refusal::Loader(loader_text(&error)))?;
+    let load = || unsafe { libloading::Library::new(file) };
+    let library = load().map_err(|error| Refusal::Loader(loader_text(&error)))?;
     // SAFETY: only resolves symbols; the header gives their types.
     let api = unsafe { Api::from_library(library) };
     let api = api.map_err(|error| Refusal::Loader(loader_text(&error)))?;
@@ -286,8 +264,10 @@ fn open(file: &std::ffi::OsStr, path: String) -> Result<Runtime, Refusal> {
     if !missing.is_empty() {
         return Err(Refusal::MissingRequired(missing));
     }
-    // Leaked on purpose: see the crate's documentation.
-    Ok(Runtime { api: Box::leak(Box::new(api)), path, version })
+    // Never unloaded: see the crate's documentation. The system's loader counts, and this count is
+    // not given back.
+    std::mem::forget(load().map_err(|error| Refusal::Loader(loader_text(&error)))?);
+    Ok(Runtime { api, path, version, deferred: Deferred::default() })
 }
 
 /// What the loader said: libloading keeps it as the source.
@@ -301,31 +281,4 @@ fn loader_text(error: &libloading::Error) -> String {
         source = cause.source();
     }
     text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn headers_tell_libraries_from_other_files() {
-        let elf = |class: u8, kind: u16, machine: u16| {
-            let mut header = [0; 20];
-            header[..4].copy_from_slice(b"\x7fELF");
-            (header[4], header[5]) = (class, 1);
-            header[16..18].copy_from_slice(&kind.to_le_bytes());
-            header[18..20].copy_from_slice(&machine.to_le_bytes());
-            header
-        };
-        let Some((ours, _)) = MACHINE else { return };
-        let theirs = if ours == 62 { 183 } else { 62 };
-        assert!(inspect(&elf(2, 3, ours)).is_ok());
-        assert!(matches!(inspect(&elf(2, 2, ours)), Err(Refusal::NotALibrary)));
-        for wrong in [elf(1, 3, 3), elf(2, 3, theirs), elf(1, 3, ours)] {
-            assert!(matches!(inspect(&wrong), Err(Refusal::WrongArchitecture { .. })));
-        }
-        for short in [&b""[..], b"\x7fELF", b"#!/bin/sh\necho no library here"] {
-            assert!(matches!(inspect(short), Err(Refusal::NotALibrary)));
-        }
-    }
 }

@@ -41,7 +41,7 @@ impl VaccBuffer {
     #[expect(unsafe_code, reason = "calls the library")]
     pub(crate) fn alloc_host(device: &Arc<DeviceShared>, bytes: u64) -> Result<Buffer> {
         let mut handle = null_mut();
-        let api = device.instance.runtime.api;
+        let api = device.instance.runtime.api();
         // SAFETY: the device is alive, the result is a local.
         let status = unsafe { api.vacc_buffer_alloc_host(device.handle, bytes, &raw mut handle) };
         device.check("vacc_buffer_alloc_host", status)?;
@@ -58,7 +58,7 @@ impl RawBuffer for VaccBuffer {
 
     #[expect(unsafe_code, reason = "calls the library")]
     fn read_host(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
-        let api = self.device.instance.runtime.api;
+        let api = self.device.instance.runtime.api();
         let (to, length) = (bytes.as_mut_ptr().cast(), bytes.len() as u64);
         // SAFETY: the handle is alive; the library writes `length` bytes during the call.
         let status = unsafe { api.vacc_buffer_read_host(self.handle, offset, to, length) };
@@ -67,7 +67,7 @@ impl RawBuffer for VaccBuffer {
 
     #[expect(unsafe_code, reason = "calls the library")]
     fn write_host(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        let api = self.device.instance.runtime.api;
+        let api = self.device.instance.runtime.api();
         let (from, length) = (bytes.as_ptr().cast(), bytes.len() as u64);
         // SAFETY: the handle is alive; the library reads `length` bytes during the call.
         let status = unsafe { api.vacc_buffer_write_host(self.handle, offset, from, length) };

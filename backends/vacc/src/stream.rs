@@ -52,7 +52,7 @@ impl StreamShared {
     #[inline]
     pub(crate) fn submitting(&self, call: impl FnOnce(&Api, vacc_stream) -> i32) -> i32 {
         let _alone = self.submitter.lock();
-        call(self.device.instance.runtime.api, self.handle)
+        call(self.device.instance.runtime.api(), self.handle)
     }
 
     fn misuse(&self, kind: CommandKind, problem: String) -> Error {
@@ -98,18 +98,21 @@ impl Timeline for StreamShared {
     #[expect(unsafe_code, reason = "calls the library")]
     fn reached(&self) -> u64 {
         let mut value = 0;
-        let api = self.device.instance.runtime.api;
+        let api = self.device.instance.runtime.api();
         // SAFETY: the handle is alive, the result is a local.
         match unsafe { api.vacc_stream_get_reached(self.handle, &raw mut value) } {
             status::OK => value,
-            _ => 0,
+            failed => {
+                self.device.deferred.keep(self.check("vacc_stream_get_reached", failed));
+                0
+            }
         }
     }
 
     #[expect(unsafe_code, reason = "calls the library")]
     fn synchronize(&self, value: u64, timeout: Duration) -> Result<()> {
         self.device.deferred.tell()?;
-        let api = self.device.instance.runtime.api;
+        let api = self.device.instance.runtime.api();
         // SAFETY: the handle is alive. Not a submission: others may submit meanwhile.
         let status = unsafe { api.vacc_stream_synchronize(self.handle, value, nanos(timeout)) };
         let what = || format!("command {value} of stream {:?} on {}", self.label, self.id.device);
@@ -119,7 +122,7 @@ impl Timeline for StreamShared {
     #[expect(unsafe_code, reason = "calls the library")]
     fn failure(&self) -> Option<Error> {
         let mut told = crate::error::blank();
-        let api = self.device.instance.runtime.api;
+        let api = self.device.instance.runtime.api();
         // SAFETY: the handle is alive, the struct says its size.
         let status = unsafe { api.vacc_stream_get_error(self.handle, &raw mut told) };
         match status {
@@ -131,7 +134,7 @@ impl Timeline for StreamShared {
 
     #[expect(unsafe_code, reason = "calls the library")]
     fn completed_at(&self, value: u64) -> Option<Timestamp> {
-        let api = self.device.instance.runtime.api;
+        let api = self.device.instance.runtime.api();
         if api.vacc_stream_get_completion.is_err() {
             return None;
         }
@@ -160,7 +163,7 @@ impl VaccStream {
     pub(crate) fn create(device: Arc<DeviceShared>, label: &str) -> Result<VaccStream> {
         let (mut handle, mut index) = (null_mut(), 0);
         let (text, length) = (label.as_ptr().cast(), label.len() as u64);
-        let api = device.instance.runtime.api;
+        let api = device.instance.runtime.api();
         // SAFETY: the device is alive, the text has this length, the results are locals.
         let status = unsafe {
             api.vacc_stream_create(device.handle, text, length, &raw mut handle, &raw mut index)
@@ -329,7 +332,7 @@ impl Stream for VaccStream {
     fn point(&self) -> Point {
         let stream = &self.shared;
         let mut value = 0;
-        let api = stream.device.instance.runtime.api;
+        let api = stream.device.instance.runtime.api();
         // SAFETY: the handle is alive, the result is a local.
         match unsafe { api.vacc_stream_get_point(stream.handle, &raw mut value) } {
             status::OK => stream.last_point.store(value, Ordering::Relaxed),

@@ -64,9 +64,11 @@ impl Instance {
 impl Drop for Instance {
     #[expect(unsafe_code, reason = "calls the library")]
     fn drop(&mut self) {
-        // Nobody is left to be told: a library that refuses keeps its memory until the process ends.
+        // The first error of this system, be it one that nobody has been told.
+        self.runtime.deferred.keep(self.deferred.tell());
         // SAFETY: the handle is ours, and devices, which hold this, are closed.
-        let _ = unsafe { self.runtime.api.vacc_instance_destroy(self.handle) };
+        let status = unsafe { self.runtime.api.vacc_instance_destroy(self.handle) };
+        self.runtime.deferred.keep(self.check(DeviceId(0), "vacc_instance_destroy", status));
     }
 }
 
@@ -75,9 +77,11 @@ impl System {
     ///
     /// # Errors
     ///
-    /// What the library refuses: devices that do not exist, settings that it does not know.
+    /// What the library refuses: devices that do not exist, settings that it does not know. Or what
+    /// went wrong when an earlier system of the library ended.
     #[expect(unsafe_code, reason = "calls the library")]
     pub fn new(runtime: Arc<Runtime>, options: &Options) -> Result<System> {
+        runtime.deferred.tell()?;
         let pair = |text: &Option<String>| match text {
             Some(text) => (text.as_ptr().cast(), text.len() as u64),
             None => (std::ptr::null(), 0),

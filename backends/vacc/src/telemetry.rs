@@ -32,10 +32,8 @@ pub struct Telemetry {
 impl Telemetry {
     #[expect(unsafe_code, reason = "calls the library")]
     pub(crate) fn read(device: &DeviceShared) -> Result<Telemetry> {
-        let api = device.instance.runtime.api;
-        if api.vacc_device_get_telemetry.is_err() {
-            return Err(device.lacks("telemetry", "vacc_device_get_telemetry"));
-        }
+        let api = device.instance.runtime.api();
+        device.needs("telemetry", &["vacc_device_get_telemetry"])?;
         let mut told =
             vacc_telemetry { size: struct_size::<vacc_telemetry>(), ..vacc_telemetry::default() };
         // SAFETY: it is exported, the handle is alive, the struct says its size.

@@ -1,6 +1,8 @@
 //! A C program drives the simulator's library through `vacc.h` alone, plainly and under valgrind.
 
 mod common;
+#[path = "common/valgrind.rs"]
+mod valgrind;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -26,12 +28,8 @@ fn passes(command: &mut Command) {
 fn it_passes_plainly_and_under_valgrind() {
     let driver = driver();
     passes(&mut Command::new(&driver));
-    let mut valgrind = Command::new("valgrind");
-    valgrind.args(["--error-exitcode=9", "--leak-check=full", "--quiet"]);
-    valgrind.args(["--errors-for-leak-kinds=definite,indirect,possible"]).arg(&driver);
-    match Command::new("valgrind").arg("--version").output() {
-        Ok(_) => passes(&mut valgrind),
-        Err(error) => eprintln!("not run under valgrind: {error}"),
+    if let Some(mut command) = valgrind::valgrind(&driver) {
+        passes(&mut command);
     }
 }
 

@@ -7,6 +7,7 @@ use hal::DeviceId;
 use sim::{Machine, Mode, Options, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 use vacc::sys::*;
 use vacc::wire;
 
@@ -19,6 +20,9 @@ pub(crate) struct Instance {
     /// Open device handles.
     pub(crate) open: AtomicUsize,
 }
+
+/// How long the end of an instance waits for a command that runs: longer than any kernel.
+const MOST_WAIT: Duration = Duration::from_secs(60);
 
 pub(crate) static INSTANCES: Table<Instance> = Table::new("instance", 1);
 
@@ -122,7 +126,16 @@ pub(crate) extern "C" fn vacc_instance_destroy(instance: vacc_instance) -> vacc_
             0 => Ok(()),
             n => Err(Refused::new(VACC_ERROR_BUSY, format!("{n} device handles are open"))),
         };
-        INSTANCES.remove(instance, idle).map(drop)
+        let instance = INSTANCES.remove(instance, idle)?;
+        let system = instance.system.clone();
+        drop(instance);
+        match system.stop(MOST_WAIT) {
+            true => Ok(()),
+            false => {
+                let text = format!("the worker threads still run after {MOST_WAIT:?}");
+                Err(Refused::new(VACC_ERROR_INTERNAL, text))
+            }
+        }
     })
 }
 

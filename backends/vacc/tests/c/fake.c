@@ -4,9 +4,11 @@
  *
  *   FAKE_MAJOR, FAKE_MINOR    the version that it reports
  *   FAKE_WITHOUT_OPTIONAL     lacks every optional function
+ *   FAKE_WITHOUT_TRACES       lacks vacc_profile_read only
  *   FAKE_WITHOUT_REQUIRED     lacks vacc_stream_launch and vacc_comm_abort
  *   FAKE_GROWN                is of a later version, whose structs are 32 bytes longer
  *   FAKE_UNKNOWN              returns codes that nobody knows
+ *   FAKE_MUTE                 tells nothing about its errors, and has no names for them
  *
  * Its settings: "fail_at=N" makes call number N fail (from 1), "fail=NAME" every call of a function,
  * "code=C" with this status (12 by default).
@@ -30,14 +32,24 @@ static long live;
 static uint64_t calls, fail_at, commands;
 static vacc_status fail_code = VACC_ERROR_INTERNAL;
 static char fail_name[64];
+static const char *failed;
 static vacc_error last;
 
 /* Handles that were given out and not given back. */
 long fake_live(void) { return live; }
+/* Counts handles from here on. */
+void fake_forget(void) { live = 0; }
 /* Calls made so far. */
 uint64_t fake_calls(void) { return calls; }
+/* The function that failed last, or null. Asking forgets it. */
+const char *fake_failed(void) {
+  const char *name = failed;
+  failed = NULL;
+  return name;
+}
 
 static vacc_status fail(const char *name, vacc_status status) {
+  failed = name;
   memset(&last, 0, sizeof last);
   last.size = sizeof last;
   last.status = status;
@@ -98,6 +110,11 @@ static vacc_status out(void *to, const void *from, uint32_t known) {
 #endif
 
 uint32_t vacc_abi_version(void) { return ((uint32_t)FAKE_MAJOR << 16) | FAKE_MINOR; }
+#ifdef FAKE_MUTE
+const char *vacc_status_name(vacc_status status) { return (void)status, NULL; }
+const char *vacc_status_text(vacc_status status) { return (void)status, NULL; }
+vacc_status vacc_last_error(vacc_error *error) { return (void)error, VACC_ERROR_INTERNAL; }
+#else
 const char *vacc_status_name(vacc_status status) {
   return status == VACC_ERROR_INTERNAL ? "VACC_ERROR_INTERNAL" : "unknown";
 }
@@ -105,6 +122,7 @@ const char *vacc_status_text(vacc_status status) {
   return status == VACC_ERROR_INTERNAL ? "a mistake" : "unknown";
 }
 vacc_status vacc_last_error(vacc_error *error) { return out(error, &last, sizeof last); }
+#endif
 
 vacc_status vacc_instance_create(const vacc_instance_options *options, vacc_instance *instance) {
   char config[256] = "";
@@ -139,8 +157,8 @@ vacc_status vacc_instance_get_properties(vacc_instance instance, vacc_instance_p
 }
 vacc_status vacc_device_open(vacc_instance instance, uint32_t ordinal, vacc_device *device) {
   CALL("vacc_device_open");
-  (void)instance, (void)ordinal;
-  *device = made();
+  (void)instance;
+  *device = (vacc_device)((char *)made() + ordinal);
   return VACC_OK;
 }
 vacc_status vacc_device_close(vacc_device device) {
@@ -153,13 +171,14 @@ vacc_status vacc_device_get_properties(vacc_device device, vacc_device_propertie
   memset(&told, 0, sizeof told);
   MORE(told);
   memset(told.it.name, 'x', sizeof told.it.name); /* not terminated */
+  told.it.die_on_card = (uint32_t)((uintptr_t)device & 15);
   told.it.memory_bytes = 1u << 30;
   told.it.allocation_alignment = 256;
+  told.it.clock = VACC_CLOCK_DEVICE;
 #ifdef FAKE_UNKNOWN
   told.it.clock = 77;
   told.it.flags = 0xffffffffu;
 #endif
-  (void)device;
   return out(properties, &told, sizeof told);
 }
 vacc_status vacc_device_get_memory_info(vacc_device device, vacc_memory_info *info) {
@@ -356,6 +375,7 @@ vacc_status vacc_profile_enable(vacc_device device, uint32_t enable) {
   profiling = (int)enable;
   return VACC_OK;
 }
+#ifndef FAKE_WITHOUT_TRACES
 vacc_status vacc_profile_read(vacc_device device, vacc_profile_record *records, uint32_t capacity,
                               uint32_t *count, uint64_t *lost) {
   CALL("vacc_profile_read");
@@ -375,6 +395,7 @@ vacc_status vacc_profile_read(vacc_device device, vacc_profile_record *records, 
 #endif
   return VACC_OK;
 }
+#endif
 vacc_status vacc_device_get_telemetry(vacc_device device, vacc_telemetry *telemetry) {
   GROWN(vacc_telemetry) told;
   CALL("vacc_device_get_telemetry");

@@ -4,7 +4,24 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use vacc::{Options, Runtime, Search, System};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+use vacc::{LoadError, Options, Runtime, Search, System};
+
+/// Runs a test's body on a thread of its own: one that hangs fails, with its panic told as its own
+/// otherwise. The limit is far beyond what any of them takes.
+pub(crate) fn within_a_minute(body: impl FnOnce() + Send + 'static) {
+    let (done, wait) = channel();
+    let body = std::thread::spawn(move || {
+        body();
+        let _ = done.send(());
+    });
+    match wait.recv_timeout(Duration::from_secs(60)) {
+        Err(RecvTimeoutError::Timeout) => panic!("it hangs: a minute has passed"),
+        // It has ended, or it has panicked and dropped its end.
+        _ => body.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+    }
+}
 
 /// `libvaccrt` over the simulator, which was built as a dependency of the tests.
 pub(crate) fn simulated_runtime() -> PathBuf {
@@ -13,9 +30,12 @@ pub(crate) fn simulated_runtime() -> PathBuf {
     path
 }
 
+pub(crate) fn try_load(path: PathBuf) -> Result<Runtime, LoadError> {
+    vacc::loader::load(&Search { flag: Some(path), ..Search::default() })
+}
+
 pub(crate) fn load(path: PathBuf) -> Arc<Runtime> {
-    let search = Search { flag: Some(path), ..Search::default() };
-    Arc::new(vacc::loader::load(&search).unwrap())
+    Arc::new(try_load(path).unwrap())
 }
 
 pub(crate) fn system(runtime: &Arc<Runtime>, config: &str) -> hal::Result<System> {
