@@ -1,8 +1,12 @@
 //! The command line. Help texts are written here and nowhere else.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use hal::{DeviceId, Topology};
 use model::Numerics;
+use model::config::ModelConfig;
+use model::plan::{ParallelOptions, ParallelPlan, PlanError};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Run, time and check DeepSeek-V3 on a VACC-style accelerator or on its simulator.
 ///
@@ -117,10 +121,84 @@ pub(crate) struct ModelArgs {
     /// Most tokens that one prefill step takes; longer prompts go in pieces.
     #[arg(long, value_name = "TOKENS", default_value_t = 512)]
     pub(crate) prefill_chunk: usize,
+    /// Longest time that a step may take on this host before it counts as hanging.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) step_timeout: u64,
+    #[command(flatten)]
+    pub(crate) parallel: ParallelArgs,
     #[command(flatten)]
     pub(crate) system: SystemArgs,
     #[command(flatten)]
     pub(crate) recording: RecordingArgs,
+}
+
+impl ModelArgs {
+    pub(crate) fn step_timeout(&self) -> Duration {
+        Duration::from_secs(self.step_timeout)
+    }
+}
+
+/// How the model is spread over dies; `dsv3-run plan` explains a choice.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ParallelArgs {
+    /// Dies that share heads, MLP columns and the vocabulary.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) tensor_parallel_size: usize,
+    /// Stages that share the layers.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) pipeline_parallel_size: usize,
+    /// Tensor groups that share the sequences; alone, each is an instance of its own.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) data_parallel_size: usize,
+    /// Spread the routed experts over all dies of a stage, and send tokens to them. Tensor groups
+    /// then split tokens between their dies outside attention.
+    #[arg(long)]
+    pub(crate) expert_parallel: bool,
+    /// Copies of experts beyond one each; by default the fewest that divide evenly.
+    #[arg(long, value_name = "N")]
+    pub(crate) redundant_experts: Option<usize>,
+    /// What hides behind what: with two-batch, a step goes through the model in two halves, and
+    /// one's collectives hide behind the other's computation.
+    #[arg(long, value_enum, default_value = "none")]
+    pub(crate) overlap: Overlap,
+}
+
+impl ParallelArgs {
+    /// The plan for a model on a machine: dispatch goes over hosts first where there are several.
+    pub(crate) fn plan(
+        &self,
+        config: &ModelConfig,
+        topology: &Topology,
+    ) -> Result<ParallelPlan, PlanError> {
+        let placements =
+            (0..topology.dies() as u32).filter_map(|d| topology.placement(DeviceId(d)));
+        let hosts: Vec<u32> = placements.map(|placement| placement.host).collect();
+        let per_host = hosts.iter().filter(|host| Some(*host) == hosts.first()).count();
+        let options = ParallelOptions {
+            tensor: self.tensor_parallel_size,
+            pipeline: self.pipeline_parallel_size,
+            data: self.data_parallel_size,
+            expert: self.expert_parallel,
+            redundant_experts: self.redundant_experts,
+            ranks_per_node: (per_host < hosts.len()).then_some(per_host),
+        };
+        ParallelPlan::new(config, options)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Overlap {
+    None,
+    TwoBatch,
+}
+
+impl From<Overlap> for model::engine::Overlap {
+    fn from(overlap: Overlap) -> Self {
+        match overlap {
+            Overlap::None => model::engine::Overlap::None,
+            Overlap::TwoBatch => model::engine::Overlap::TwoBatch,
+        }
+    }
 }
 
 /// Whether and how to record.

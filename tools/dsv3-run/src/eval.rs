@@ -29,7 +29,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let prompts =
         questions.iter().map(|q| source.chat(&q.question)).collect::<Result<Vec<_>, _>>()?;
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(1);
-    let running = system::open(&args.model)?;
+    let running = system::open(&args.model, source.checkpoint.config())?;
     let mut engine = source.engine(&args.model, &running, longest + args.max_tokens, false)?;
     let options = GenerationOptions {
         max_tokens: args.max_tokens,

@@ -6,7 +6,8 @@ use crate::source::Source;
 use crate::system::{self, Provenance};
 use crate::trace::{Total, Totals};
 use anyhow::Context;
-use model::engine::{Engine, Generation, GenerationOptions, Timing};
+use model::engine::{Engine, Generation, GenerationOptions, MemoryPlan, Timing};
+use model::plan::ParallelOptions;
 use model::sampling::SamplingParams;
 use model::tokenizer::SpecialTokens;
 use serde_json::{Value, json};
@@ -29,7 +30,9 @@ struct Report<'a> {
     text: String,
     ops: Vec<Total>,
     provenance: Provenance,
-    memory: model::engine::MemoryPlan,
+    memory: MemoryPlan,
+    plan: ParallelOptions,
+    ranks: usize,
     load_seconds: f64,
     run_seconds: f64,
     decode_seconds: f64,
@@ -41,13 +44,15 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let to_stdout = args.json.as_deref() == Some("-");
     let source = Source::open(&args.model)?;
     let prompt = prompt(args, &source)?;
-    let running = system::open(&args.model)?;
+    let running = system::open(&args.model, source.checkpoint.config())?;
     let tokens = prompt.len().saturating_add(args.max_tokens);
     let mut engine = source.engine(&args.model, &running, tokens, false)?;
     // Loading is over: only what the request costs is counted.
     let totals = Arc::new(Totals::default());
-    if engine.device().properties().clock.is_some() {
-        engine.device().set_trace(Some(totals.clone()))?;
+    for device in engine.devices() {
+        if device.properties().clock.is_some() {
+            device.set_trace(Some(totals.clone()))?;
+        }
     }
     let options = GenerationOptions {
         max_tokens: args.max_tokens,
@@ -78,7 +83,10 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let run_seconds = started.elapsed().as_secs_f64();
     let decode_seconds = decode_began.elapsed().as_secs_f64();
     let text = printer.finish()?;
-    let memory = engine.memory();
+    // The rank that needs the most.
+    let memory = engine.memory().iter().copied().max_by_key(MemoryPlan::total).unwrap_or_default();
+    let plan = engine.plan().options();
+    let ranks = engine.plan().ranks();
     release(engine, &running)?;
     let report = Report {
         source: &source,
@@ -89,6 +97,8 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         ops: totals.ranked(),
         provenance: running.provenance(),
         memory,
+        plan,
+        ranks,
         load_seconds,
         run_seconds,
         decode_seconds,
@@ -129,11 +139,13 @@ fn announce(args: &GenerateArgs, source: &Source, prompt: &[u32]) -> std::io::Re
 
 /// Frees everything, and with `--validate` makes sure that it is freed.
 fn release(engine: Engine, running: &system::Running) -> anyhow::Result<()> {
-    engine.device().set_trace(None)?;
+    for device in engine.devices() {
+        device.set_trace(None)?;
+    }
     drop(engine);
     match running.leaks() {
-        None | Some(0) => running.finish(),
-        Some(n) => anyhow::bail!("--validate: {n} buffers are still allocated at the end"),
+        0 => running.finish(),
+        n => anyhow::bail!("--validate: {n} buffers are still allocated at the end"),
     }
 }
 
@@ -211,7 +223,10 @@ impl Report<'_> {
                 "weights_bytes": self.memory.weights,
                 "cache_bytes": self.memory.cache,
                 "workspace_bytes": self.memory.workspace,
+                "communication_bytes": self.memory.communication,
             },
+            "ranks": self.ranks,
+            "plan": self.plan,
         })
     }
 
@@ -251,8 +266,12 @@ impl Report<'_> {
     }
 
     fn timing_table(&self, timing: Timing, out: &mut String) {
+        let dies = match self.ranks {
+            1 => "one die".to_string(),
+            n => format!("{n} dies"),
+        };
         let heading = format!(
-            "{} time, one die of {}, {}:",
+            "{} time, {dies} of {}, {}:",
             timing.clock, self.provenance.machine, self.args.model.numerics
         );
         out.push_str(&bold(&heading));

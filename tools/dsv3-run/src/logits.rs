@@ -10,7 +10,7 @@ use std::io::Write;
 
 pub(crate) fn run(args: &LogitsArgs) -> anyhow::Result<()> {
     let source = Source::open(&args.model)?;
-    let running = system::open(&args.model)?;
+    let running = system::open(&args.model, source.checkpoint.config())?;
     let tokens = &args.token_ids.0;
     let mtp = source.checkpoint.has_mtp()?;
     let mut engine = source.engine(&args.model, &running, tokens.len(), mtp)?;

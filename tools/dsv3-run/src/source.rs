@@ -104,10 +104,14 @@ impl Source {
             prefill_chunk: args.prefill_chunk.max(1),
             vocabulary: self.tokenizer.as_ref().map(Tokenizer::vocab_size),
             mtp,
+            overlap: args.parallel.overlap.into(),
+            timeout: args.step_timeout(),
             ..EngineOptions::default()
         };
+        let plan = args.parallel.plan(self.checkpoint.config(), &running.platform.topology()?)?;
         let mut progress = Progress::new("loading");
-        let engine = Engine::load(running.device(), &self.checkpoint, options, &mut |p| {
+        let devices = running.devices();
+        let engine = Engine::load_on(devices, plan, &self.checkpoint, options, &mut |p| {
             progress.update(p.done, p.total);
         });
         progress.finish();

@@ -3,9 +3,11 @@
 use crate::cli::{Backend, ModelArgs, RecordingArgs, Switch, SystemArgs};
 use crate::output::bytes;
 use ::replay::{Header, Recorder};
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use hal::fault::FaultPlan;
 use hal::{Device, DeviceId, Topology, Validated};
+use model::config::ModelConfig;
+use model::plan::PlanError;
 use sim::{Machine, Mode, Options};
 use std::io::Write;
 use std::sync::Arc;
@@ -79,29 +81,41 @@ impl Platform {
     }
 }
 
-/// A machine that is running, with its first die open.
+/// A machine that is running, with the dies of an instance open.
 #[derive(Debug)]
 pub(crate) struct Running {
     pub(crate) platform: Platform,
-    validated: Option<Arc<Validated>>,
-    device: Arc<dyn Device>,
+    validated: Vec<Arc<Validated>>,
+    devices: Vec<Arc<dyn Device>>,
     recorder: Option<Recorder>,
 }
 
-/// Starts the machine and opens its first die.
-pub(crate) fn open(args: &ModelArgs) -> anyhow::Result<Running> {
-    let ModelArgs { system, recording, .. } = args;
+/// Starts the machine and opens a die for each rank of the plan.
+pub(crate) fn open(args: &ModelArgs, config: &ModelConfig) -> anyhow::Result<Running> {
+    let ModelArgs { system, recording, parallel, .. } = args;
     let platform = Platform::start(system)?;
-    let mut device = platform.open(DeviceId(0)).context("opening die 0")?;
-    if !system.fault.is_empty() {
-        device.set_faults(Some(Arc::new(FaultPlan::new(system.fault.clone()))))?;
+    let plan = parallel.plan(config, &platform.topology()?)?;
+    if plan.ranks() > platform.dies() as usize {
+        bail!(PlanError::too_many_ranks(plan.options(), platform.dies() as usize));
     }
     let recorder = start_recording(recording)?;
-    if let Some(recorder) = &recorder {
-        device = recorder.wrap(device);
+    let faults = Arc::new(FaultPlan::new(system.fault.clone()));
+    let mut devices = Vec::with_capacity(plan.ranks());
+    for die in 0..plan.ranks() as u32 {
+        let device = platform.open(DeviceId(die)).with_context(|| format!("opening die {die}"))?;
+        if !system.fault.is_empty() {
+            device.set_faults(Some(faults.clone()))?;
+        }
+        devices.push(match &recorder {
+            Some(recorder) => recorder.wrap(device),
+            None => device,
+        });
     }
-    let validated = system.validate.then(|| Validated::wrap(device.clone()));
-    Ok(Running { platform, validated, device, recorder })
+    let validated = match system.validate {
+        true => Validated::wrap_all(devices.iter().cloned()),
+        false => Vec::new(),
+    };
+    Ok(Running { platform, validated, devices, recorder })
 }
 
 fn start_recording(args: &RecordingArgs) -> anyhow::Result<Option<Recorder>> {
@@ -147,17 +161,17 @@ impl Provenance {
 }
 
 impl Running {
-    /// The die, through the validating wrapper if that was asked for.
-    pub(crate) fn device(&self) -> Arc<dyn Device> {
-        match &self.validated {
-            Some(validated) => validated.clone(),
-            None => self.device.clone(),
+    /// The dies, through the validating wrapper if that was asked for.
+    pub(crate) fn devices(&self) -> Vec<Arc<dyn Device>> {
+        match self.validated.is_empty() {
+            true => self.devices.clone(),
+            false => self.validated.iter().map(|v| v.clone() as Arc<dyn Device>).collect(),
         }
     }
 
     /// What `--validate` found still allocated; to be asked when everything is dropped.
-    pub(crate) fn leaks(&self) -> Option<usize> {
-        self.validated.as_ref().map(|v| v.leaks().len())
+    pub(crate) fn leaks(&self) -> usize {
+        self.validated.iter().map(|v| v.leaks().len()).sum()
     }
 
     /// Completes the recording, if there is one; to be called when everything is dropped.
@@ -181,7 +195,7 @@ impl Running {
     }
 
     pub(crate) fn provenance(&self) -> Provenance {
-        let machine = self.device.properties().name.clone();
+        let machine = self.devices[0].properties().name.clone();
         match &self.platform {
             Platform::Sim(system) => {
                 let constants = system.machine().constants().len();
