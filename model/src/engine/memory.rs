@@ -2,9 +2,10 @@
 
 use super::program::{Module, ProgramKey, micro_batches, plan as plan_program};
 use super::{EngineError, EngineOptions, rank::cached_layers};
+use crate::config::FP8_BLOCK;
 use crate::config::ModelConfig;
 use crate::graph::{Form, Graph, ModelInputs, Source, StepShape, Work};
-use crate::plan::{ParallelPlan, RankPlan};
+use crate::plan::{Member, ParallelPlan, RankPlan};
 use crate::weights::{self, PlanOptions, WeightPlan};
 use serde::Serialize;
 use std::collections::{BTreeMap, HashMap};
@@ -50,18 +51,51 @@ pub fn memory_plan(
     options: EngineOptions,
     mtp: bool,
 ) -> Vec<MemoryPlan> {
-    // Ranks whose weights have the same shapes take the same: one of each kind is planned.
-    let mut known: BTreeMap<(usize, u64), MemoryPlan> = BTreeMap::new();
-    (0..plan.ranks())
-        .map(|number| {
+    let kinds = Kinds::of(config, plan);
+    let planned: Vec<MemoryPlan> =
+        kinds.ranks.iter().map(|rank| of_rank(config, plan, rank, options, mtp)).collect();
+    kinds.of_rank.iter().map(|&kind| planned[kind]).collect()
+}
+
+/// Ranks that take the same memory: one of each kind is planned.
+struct Kinds {
+    ranks: Vec<RankPlan>,
+    /// The kind of each rank.
+    of_rank: Vec<usize>,
+}
+
+impl Kinds {
+    fn of(config: &ModelConfig, plan: &ParallelPlan) -> Self {
+        let c = config;
+        let (mut ranks, mut of_rank) = (Vec::new(), Vec::with_capacity(plan.ranks()));
+        let mut known: BTreeMap<(usize, Vec<(usize, usize)>), usize> = BTreeMap::new();
+        for number in 0..plan.ranks() {
             let rank = plan.rank(number);
-            let weights = weights::plan(config, &rank, plan_options(options, mtp));
-            let kind = (rank.stage.rank, weights.bytes());
-            *known
-                .entry(kind)
-                .or_insert_with(|| of_rank(config, plan, &rank, &weights, options, mtp))
-        })
-        .collect()
+            // Parts of the same length that meet the FP8 blocks alike.
+            let like = |member: Member, whole: usize, each: usize| {
+                let part = member.part(whole);
+                (part.len(), part.start * each % FP8_BLOCK)
+            };
+            let heads = |each| like(rank.tensor, c.num_attention_heads, each);
+            let mlp = |whole| like(rank.mlp_member(), whole, 1);
+            let parts = vec![
+                heads(c.qk_head_dim()),
+                heads(c.v_head_dim),
+                heads(c.qk_nope_head_dim + c.v_head_dim),
+                (like(rank.tensor, c.vocab_size, 1).0, 0),
+                mlp(c.intermediate_size),
+                mlp(c.moe_intermediate_size),
+                mlp(c.shared_intermediate_size()),
+            ];
+            let next = ranks.len();
+            let kind = *known.entry((rank.stage.rank, parts)).or_insert(next);
+            if kind == next {
+                ranks.push(rank);
+            }
+            of_rank.push(kind);
+        }
+        Kinds { ranks, of_rank }
+    }
 }
 
 pub(super) fn plan_options(options: EngineOptions, mtp: bool) -> PlanOptions {
@@ -72,20 +106,30 @@ fn of_rank(
     config: &ModelConfig,
     plan: &ParallelPlan,
     rank: &RankPlan,
-    weights: &WeightPlan,
     options: EngineOptions,
     mtp: bool,
 ) -> MemoryPlan {
+    let weights = weights::plan(config, rank, plan_options(options, mtp));
     let layers = cached_layers(rank, config.mtp_layer().filter(|_| mtp)).count();
     let tokens = (pages(options, plan) + padding_pages(options, plan)) * options.page_size;
     let width = config.kv_latent_width() * options.numerics.activations().size();
-    let (workspace, communication) = largest_workspace(config, plan, rank, weights, options);
+    let few = few_layers(config, rank);
+    let (workspace, communication) = largest_workspace(config, plan, &few, &weights, options);
     MemoryPlan {
         weights: weights.bytes(),
         cache: (tokens * layers * width) as u64,
         workspace,
         communication,
     }
+}
+
+/// The rank with a few of its layers, dense and sparse ones: layers of a kind are alike, so that the
+/// workspace of a few is that of all.
+fn few_layers(config: &ModelConfig, rank: &RankPlan) -> RankPlan {
+    let std::ops::Range { start, end } = rank.layers.clone();
+    let dense = config.first_k_dense_replace.clamp(start, end);
+    let first = dense.saturating_sub(2).max(start);
+    RankPlan { layers: first..(dense + 3).min(end), ..rank.clone() }
 }
 
 /// Bytes of the largest prefill step, a full chunk at the end of the longest context: scratch,
@@ -167,8 +211,10 @@ pub fn fitting(
     mtp: bool,
     capacity: u64,
 ) -> Fitting {
+    let kinds = Kinds::of(config, plan);
     let fits = |options: EngineOptions| {
-        memory_plan(config, plan, options, mtp).iter().all(|m| m.total() <= capacity)
+        let of = |rank| of_rank(config, plan, rank, options, mtp).total() <= capacity;
+        kinds.ranks.iter().all(of)
     };
     let page = options.page_size;
     let with_length = |pages: usize| fits(EngineOptions { max_model_len: pages * page, ..options });
@@ -221,4 +267,38 @@ pub(super) fn refuse_if_too_large(
         max_model_len: options.max_model_len,
         advice,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Preset;
+    use crate::engine::Overlap;
+    use crate::plan::ParallelOptions;
+
+    #[test]
+    fn the_workspace_of_a_few_layers_is_that_of_all_and_every_rank_is_like_its_kind() {
+        let config = Preset::DeepSeekV3.config();
+        let base = ParallelOptions::default();
+        for (parallel, overlap) in [
+            (ParallelOptions { tensor: 32, ..base }, Overlap::None),
+            (ParallelOptions { tensor: 3, pipeline: 2, ..base }, Overlap::TwoBatch),
+            (ParallelOptions { tensor: 4, data: 8, expert: true, ..base }, Overlap::TwoBatch),
+        ] {
+            let plan = ParallelPlan::new(&config, parallel).unwrap();
+            let options = EngineOptions { overlap, ..EngineOptions::default() };
+            let kinds = Kinds::of(&config, &plan);
+            for number in [0, plan.ranks() / 2, plan.ranks() - 1] {
+                let rank = plan.rank(number);
+                let weights = weights::plan(&config, &rank, plan_options(options, false));
+                let few = few_layers(&config, &rank);
+                assert!(few.layers.len() < rank.layers.len());
+                let of = |rank| largest_workspace(&config, &plan, rank, &weights, options);
+                assert_eq!(of(&few), of(&rank), "{parallel:?}, rank {number}");
+                let like = &kinds.ranks[kinds.of_rank[number]];
+                let theirs = weights::plan(&config, like, plan_options(options, false));
+                assert_eq!(weights.bytes(), theirs.bytes(), "{parallel:?}, rank {number}");
+            }
+        }
+    }
 }

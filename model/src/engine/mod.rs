@@ -4,6 +4,7 @@
 //! |---|---|
 //! | setting up, and what can go wrong | this one |
 //! | what a plan takes of each die's memory | `memory.rs` |
+//! | what a step would be, without an engine | `preview.rs` |
 //! | a rank: die, streams, weights, cache | `rank.rs` |
 //! | a schedule bound to a rank's memory | `program.rs` |
 //! | which tokens go together, and what the host sends | `batch.rs` |
@@ -17,6 +18,7 @@ mod cache;
 mod failure;
 mod generate;
 mod memory;
+mod preview;
 mod program;
 mod rank;
 mod step;
@@ -24,6 +26,7 @@ mod step;
 pub use cache::{CacheFull, PagePool, Sequence};
 pub use generate::{FinishReason, Generation, GenerationOptions, Timing};
 pub use memory::{Fitting, MemoryPlan, fitting, memory_plan};
+pub use preview::{StepKind, preview};
 pub use step::{StepOutput, Wanted};
 
 use crate::checkpoint::{Checkpoint, CheckpointError};

@@ -67,7 +67,7 @@ pub enum Event {
 }
 
 /// A graph's order of issue, with lanes, waits and places.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Schedule {
     /// Commands in the order of issue. The last ones make [`COMPUTE`] wait for what other lanes do
     /// to the end, so that whoever comes next on it comes after all of it.

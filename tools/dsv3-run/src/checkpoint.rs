@@ -2,12 +2,12 @@
 
 use crate::cli::CheckpointCommand;
 use crate::output::{Progress, bold, bytes, count};
-use anyhow::Context;
+use crate::source;
 use model::checkpoint::{
     Checkpoint, ConfigSummary, DtypeTally, Footprint, Inspection, Listing, MtpState, SynthOptions,
     inspect, inspect_config, synthesize,
 };
-use model::config::{ModelConfig, Preset};
+
 use std::fmt::{Display, Write as _};
 use std::io::Write;
 use std::path::Path;
@@ -24,19 +24,6 @@ pub(crate) fn run(command: &CheckpointCommand) -> anyhow::Result<()> {
             synth(config, out, *seed, *shard_mib)
         }
     }
-}
-
-/// A configuration by preset name or path.
-fn load_config(name: &str) -> anyhow::Result<ModelConfig> {
-    if let Some(preset) = Preset::ALL.into_iter().find(|p| p.name() == name) {
-        return Ok(preset.config());
-    }
-    let path = Path::new(name);
-    let path = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
-    let presets = Preset::ALL.map(Preset::name).join(", ");
-    let text = std::fs::read_to_string(&path)
-        .with_context(|| format!("{name:?} is neither a preset ({presets}) nor a readable file"))?;
-    ModelConfig::from_json(text.as_bytes()).with_context(|| path.display().to_string())
 }
 
 fn inspect_dir(dir: &Path, json: bool) -> anyhow::Result<()> {
@@ -57,7 +44,7 @@ fn inspect_dir(dir: &Path, json: bool) -> anyhow::Result<()> {
 }
 
 fn describe_config(name: &str, json: bool) -> anyhow::Result<()> {
-    let config = load_config(name)?;
+    let config = source::named_config(name)?;
     let summary: ConfigSummary = inspect_config(&config);
     let mut out = std::io::stdout();
     if json {
@@ -162,7 +149,7 @@ fn listing<T>(
 }
 
 fn synth(config: &str, out: &Path, seed: u64, shard_mib: u64) -> anyhow::Result<()> {
-    let config = load_config(config)?;
+    let config = source::named_config(config)?;
     let mut progress = Progress::new("writing");
     let options = SynthOptions { seed, shard_bytes: shard_mib << 20 };
     let result = synthesize(&config, out, options, &mut |done, total| progress.update(done, total));

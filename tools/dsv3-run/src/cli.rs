@@ -1,5 +1,6 @@
 //! The command line. Help texts are written here and nowhere else.
 
+use clap::builder::TypedValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hal::{DeviceId, Topology};
 use model::Numerics;
@@ -38,6 +39,7 @@ Examples:
   dsv3-run logits --token-ids 0,1022,267 --out logits.safetensors
   dsv3-run --record run.hal                              write every device command to a file,
   dsv3-run replay run.hal --backend vacc                 and run it again elsewhere: a bug report
+  dsv3-run plan --config deepseek-v3 --tensor-parallel-size 32
   dsv3-run checkpoint inspect DIR                        is this checkpoint complete?
   dsv3-run conformance --filter \"collectives/*\"         does the backend keep the contract?
 
@@ -51,6 +53,9 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Run a recording again, without the model, and compare what comes back.
     Replay(ReplayArgs),
+    /// Explain a parallel plan: who holds what, memory, collectives; or why it is impossible.
+    #[command(after_help = PLAN)]
+    Plan(PlanArgs),
     /// Look into checkpoints, or make one with random weights.
     Checkpoint {
         #[command(subcommand)]
@@ -386,6 +391,57 @@ Exit status: 0 everything as recorded (a recorded failure that happened again in
 fn parse_tolerance(text: &str) -> Result<::replay::Tolerance, String> {
     let relative = text.parse().ok().and_then(::replay::Tolerance::new);
     relative.ok_or_else(|| format!("{text:?} is no tolerance; expected e.g. 1e-3"))
+}
+
+const PLAN: &str = "\
+Examples:
+  dsv3-run plan --config deepseek-v3 --tensor-parallel-size 32 --max-model-len 16384
+  dsv3-run plan --config deepseek-v3 --data-parallel-size 32 --expert-parallel --batch 128
+  dsv3-run plan --tensor-parallel-size 4 --overlap two-batch --batch 2 --schedule
+
+Reads the configuration alone. Exit status: 0 the plan is possible and fits, 2 it is not or does not.";
+
+/// Explains a plan from the configuration alone, in milliseconds.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct PlanArgs {
+    /// tiny, 1gb, deepseek-v3, a config.json or a folder with one; the built-in model if absent.
+    #[arg(long, value_name = "PRESET|FILE|DIR")]
+    pub(crate) config: Option<String>,
+    /// Machine whose dies are to hold it: va16 (the default), h800, or the path of a machine file.
+    #[arg(long, value_name = "NAME|FILE")]
+    pub(crate) machine: Option<String>,
+    /// fp8, bf16 or f32.
+    #[arg(long, default_value = "fp8", value_name = "fp8|bf16|f32")]
+    pub(crate) numerics: Numerics,
+    /// Longest sequence, prompt and output together; 4096 by default.
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) max_model_len: Option<usize>,
+    /// Most sequences at a time, over all data ranks.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1 << 20).map(|n| n as usize))]
+    pub(crate) max_num_seqs: usize,
+    /// Most tokens that one prefill step takes.
+    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    pub(crate) prefill_chunk: usize,
+    /// Whether to hold the MTP layer.
+    #[arg(long)]
+    pub(crate) mtp: bool,
+    #[command(flatten)]
+    pub(crate) parallel: ParallelArgs,
+    /// Show a decode step of this many sequences on each data rank.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1 << 20).map(|n| n as usize))]
+    pub(crate) batch: usize,
+    /// Show a prefill step of this many tokens instead.
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..=1 << 20).map(|n| n as usize))]
+    pub(crate) prefill: Option<usize>,
+    /// Print the step as a rank's schedule, one command a line, instead of the summary.
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) schedule: bool,
+    /// The rank whose schedule is printed.
+    #[arg(long, value_name = "RANK", default_value_t = 0)]
+    pub(crate) rank: usize,
+    /// Print one JSON object and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Token ids from the command line.

@@ -11,6 +11,7 @@ mod eval;
 mod generate;
 mod logits;
 mod output;
+mod plan;
 mod replay;
 mod source;
 mod system;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         Some(Command::Logits(args)) => logits::run(&args),
         Some(Command::Eval(args)) => eval::run(&args),
         Some(Command::Replay(args)) => replay::run(&args),
+        Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Checkpoint { command }) => checkpoint::run(&command),
         Some(Command::Devices(args)) => devices::run(&args),
         Some(Command::Conformance(args)) => conformance::run(&args),

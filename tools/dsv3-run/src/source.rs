@@ -6,8 +6,10 @@ use crate::system::Running;
 use anyhow::Context;
 use model::chat::{ChatTemplate, Message, RenderOptions};
 use model::checkpoint::Checkpoint;
+use model::config::{ModelConfig, Preset};
 use model::engine::{Engine, EngineOptions};
 use model::tokenizer::{AddBos, Tokenizer};
+use std::path::Path;
 
 macro_rules! tiny {
     ($($name:literal),+ $(,)?) => {
@@ -117,4 +119,25 @@ impl Source {
         progress.finish();
         engine.with_context(|| format!("model {}", self.name))
     }
+}
+
+/// A configuration by preset, by file or by folder; the built-in model's if nothing is named.
+pub(crate) fn config(name: Option<&str>) -> anyhow::Result<ModelConfig> {
+    match name {
+        Some(name) => named_config(name),
+        None => Ok(Checkpoint::from_memory(TINY)?.config().clone()),
+    }
+}
+
+/// A configuration by preset, or from a `config.json` or the folder that holds one.
+pub(crate) fn named_config(name: &str) -> anyhow::Result<ModelConfig> {
+    if let Some(preset) = Preset::ALL.into_iter().find(|p| p.name() == name) {
+        return Ok(preset.config());
+    }
+    let path = Path::new(name);
+    let path = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
+    let presets = Preset::ALL.map(Preset::name).join(", ");
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("{name:?} is neither a preset ({presets}) nor a readable file"))?;
+    ModelConfig::from_json(text.as_bytes()).with_context(|| path.display().to_string())
 }
