@@ -27,4 +27,9 @@ impl Clock {
     pub(super) fn join(&mut self, other: &Clock) {
         self.0.iter_mut().zip(&other.0).for_each(|(mine, &theirs)| *mine = (*mine).max(theirs));
     }
+
+    /// What both know.
+    pub(super) fn meet(&self, other: &Clock) -> Clock {
+        Clock(self.0.iter().zip(&other.0).map(|(&a, &b)| a.min(b)).collect())
+    }
 }
