@@ -3,12 +3,14 @@
 mod common;
 
 use common::{dies, max_difference, options, tiny_dir};
+use hal::{Device, DeviceId, Validated};
 use model::Numerics;
 use model::checkpoint::Checkpoint;
 use model::engine::{Engine, EngineOptions, GenerationOptions, Overlap, Sequence, Wanted};
 use model::plan::{ParallelOptions, ParallelPlan};
 use model::sampling::SamplingParams;
 use std::path::Path;
+use std::sync::Arc;
 
 const PROMPT: [u32; 10] = [0, 1022, 267, 262, 269, 279, 272, 775, 33, 1023];
 const OTHER: [u32; 13] = [0, 1022, 267, 262, 223, 19, 25, 285, 223, 20, 23, 33, 1023];
@@ -62,6 +64,12 @@ fn outcome(engine: &mut Engine, prompts: [&[u32]; 2]) -> Outcome {
     }
     sequences.into_iter().for_each(|s| engine.end(s));
     Outcome { logits, mtp, text, decoded }
+}
+
+/// Plans that between them use every way to spread the model.
+fn some_plans() -> Vec<ParallelOptions> {
+    let nodes = ParallelOptions { ranks_per_node: Some(2), ..ep(2, 2) };
+    vec![tp(2), tp(3), pp(1, 2), ep(1, 2), ep(2, 2), nodes]
 }
 
 fn check(dir: &Path, plans: &[ParallelOptions], base: EngineOptions, prompts: [&[u32]; 2]) {
@@ -118,4 +126,69 @@ fn expert_and_data_ranks_agree_with_one_in_f32() {
         replicas,
     ];
     check(&tiny_dir(), &plans, options(Numerics::F32), [&PROMPT, &OTHER]);
+}
+
+#[test]
+fn other_shapes_agree_with_one_rank_in_f32() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/shapes");
+    let mut checked = 0;
+    for dir in std::fs::read_dir(fixtures).unwrap().map(|e| e.unwrap().path()) {
+        let config = Checkpoint::open(&dir).unwrap().config().clone();
+        let possible = |plan: &ParallelOptions| ParallelPlan::new(&config, *plan).is_ok();
+        let plans: Vec<_> = some_plans().into_iter().filter(possible).collect();
+        checked += plans.len();
+        let prompts = [&[3, 1, 4, 1, 5][..], &[2, 7, 1, 8, 2, 8, 1, 8, 2][..]];
+        let base = EngineOptions { max_model_len: 64, ..options(Numerics::F32) };
+        check(&dir, &plans, base, prompts);
+    }
+    assert!(checked >= 50, "{checked} plans were possible");
+}
+
+#[test]
+fn greedy_text_in_fp8_is_that_of_one_rank() {
+    for parallel in [tp(4), tp(32), pp(2, 2), ep(1, 4), ep(4, 2)] {
+        for overlap in [Overlap::None, Overlap::TwoBatch] {
+            let base = EngineOptions { overlap, ..options(Numerics::Fp8) };
+            let text = |plan| {
+                let mut engine = load(&tiny_dir(), plan, base);
+                engine.generate(&PROMPT, &greedy(12), &mut |_| {}).unwrap().token_ids
+            };
+            assert_eq!(text(parallel), text(ParallelOptions::default()), "{parallel:?} {overlap:?}");
+        }
+    }
+}
+
+#[test]
+fn validated_parallel_runs_are_clean_and_free_everything() {
+    for (parallel, overlap) in [(tp(4), Overlap::TwoBatch), (ep(2, 2), Overlap::TwoBatch)] {
+        let checkpoint = Checkpoint::open(&tiny_dir()).unwrap();
+        let plan = ParallelPlan::new(checkpoint.config(), parallel).unwrap();
+        let validated = Validated::wrap_all(dies(plan.ranks()));
+        let devices = validated.iter().map(|d| d.clone() as Arc<dyn Device>).collect();
+        let base = EngineOptions { overlap, prefill_chunk: 4, ..options(Numerics::Fp8) };
+        let mut engine = Engine::load_on(devices, plan, &checkpoint, base, &mut |_| {}).unwrap();
+        engine.all_logits(&OTHER).unwrap();
+        engine.generate(&PROMPT, &greedy(5), &mut |_| {}).unwrap();
+        drop(engine);
+        for die in &validated {
+            assert_eq!(die.leaks(), [], "{parallel:?}");
+        }
+    }
+}
+
+#[test]
+fn simulated_time_of_many_ranks_depends_on_the_program_alone() {
+    let run = |threads| {
+        let system = common::system(sim::Mode::Full, threads);
+        let devices = (0..4).map(|die| system.open(DeviceId(die)).unwrap()).collect();
+        let checkpoint = Checkpoint::open(&tiny_dir()).unwrap();
+        let plan = ParallelPlan::new(checkpoint.config(), ep(2, 2)).unwrap();
+        let base = EngineOptions { overlap: Overlap::TwoBatch, ..options(Numerics::Fp8) };
+        let mut engine = Engine::load_on(devices, plan, &checkpoint, base, &mut |_| {}).unwrap();
+        engine.generate(&PROMPT, &greedy(5), &mut |_| {}).unwrap().timing.unwrap()
+    };
+    let timing = run(1);
+    assert!(timing.prefill_ps > 0 && timing.decode_ps > 0);
+    assert_eq!(run(3), timing);
+    assert_eq!(run(2), timing);
 }
