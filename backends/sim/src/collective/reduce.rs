@@ -78,25 +78,26 @@ fn elements<T: bytemuck::Pod>(bytes: &[u8]) -> &[T] {
 mod tests {
     use super::*;
 
+    fn combined<T: bytemuck::Pod>(ranks: &[Vec<T>], dtype: DType, reduction: Reduction) -> Vec<T> {
+        let inputs: Vec<&[u8]> = ranks.iter().map(|v| bytemuck::cast_slice(v)).collect();
+        bytemuck::pod_collect_to_vec(&reduce(&inputs, dtype, reduction))
+    }
+
     #[test]
     fn ranks_are_added_in_order_and_rounded_once() {
-        // In another order, or rounded on the way, these come out differently.
-        let parts = [1e8f32, 1.0, -1e8, 1.0];
-        let inputs: Vec<Vec<u8>> =
-            parts.iter().map(|v| vec![*v; BLOCK + 3]).map(|v| bytemuck::cast_vec(v)).collect();
-        let inputs: Vec<&[u8]> = inputs.iter().map(Vec::as_slice).collect();
-        let out = reduce(&inputs, DType::F32, Reduction::Sum);
-        assert_eq!(elements::<f32>(&out), vec![((1e8 + 1.0) - 1e8) + 1.0; BLOCK + 3]);
-        let halves = [256.0, 0.5, 0.5].map(|v| bf16::from_f32(v).to_le_bytes());
-        let inputs: Vec<&[u8]> = halves.iter().map(|b| &b[..]).collect();
-        let out = reduce(&inputs, DType::Bf16, Reduction::Sum);
-        // 257 lies between two numbers of BF16 and goes to the even one; 256.5 never appears.
-        assert_eq!(bf16::from_le_bytes([out[0], out[1]]).to_f32(), 256.0);
-        let nan = [1f32, f32::NAN, 2.0].map(f32::to_le_bytes);
-        let inputs: Vec<&[u8]> = nan.iter().map(|b| &b[..]).collect();
+        // In another order this comes out differently.
+        let ranks = [1e8f32, 1.0, -1e8, 1.0].map(|v| vec![v; BLOCK + 3]);
+        let expected = vec![((1e8f32 + 1.0) - 1e8) + 1.0; BLOCK + 3];
+        assert_eq!(combined(&ranks, DType::F32, Reduction::Sum), expected);
+        // 257.5 goes to 258; rounded on the way, the sum would stay at 256.
+        let ranks = [256.0, 1.0, 0.5].map(|v| vec![bf16::from_f32(v)]);
+        assert_eq!(combined(&ranks, DType::Bf16, Reduction::Sum)[0].to_f32(), 258.0);
+        let ranks = [i32::MAX, 1, 7].map(|v| vec![v]);
+        assert_eq!(combined(&ranks, DType::I32, Reduction::Sum), [i32::MIN + 7]);
         for reduction in [Reduction::Sum, Reduction::Max, Reduction::Min] {
-            let out = reduce(&inputs, DType::F32, reduction);
-            assert!(elements::<f32>(&out)[0].is_nan(), "{reduction:?}");
+            let ranks = [1.0, f32::NAN, 2.0].map(|v| vec![v]);
+            assert!(combined(&ranks, DType::F32, reduction)[0].is_nan(), "{reduction:?}");
+            assert_eq!(combined::<f32>(&[vec![], vec![]], DType::F32, reduction), []);
         }
     }
 }
