@@ -118,6 +118,48 @@ fn collectives_are_checked_as_far_as_one_rank_can() {
 }
 
 #[test]
+fn offsets_of_an_exchange_are_checked_like_what_they_cut() {
+    let device = die(0);
+    let (s, other) = (device.stream("s").unwrap(), device.stream("other").unwrap());
+    let ranks = device.communicator(device.communicator_id().unwrap(), 0, 2).unwrap();
+    let rows = |n: usize, width: usize| tensor(&s, DType::F32, &[n, width]);
+    let offsets = |n: usize| tensor(&s, DType::I32, &[n]);
+    let exchange = |send: Tensor, recv: Tensor, send_offsets, recv_offsets| {
+        let expected_rows = 1;
+        let batch =
+            [Collective::AllToAllV { send, recv, send_offsets, recv_offsets, expected_rows }];
+        s.submit_collectives(&ranks, &batch, &Label::Static("c")).map_err(|e| e.to_string())
+    };
+    let (shared, same) = (rows(4, 2), offsets(3));
+    for (result, words) in [
+        (exchange(rows(4, 2), rows(4, 3), offsets(3), None), "not rows of one width"),
+        (exchange(rows(4, 2), rows(4, 2), offsets(2), None), "send_offsets is i32[2]"),
+        (exchange(rows(4, 2), rows(4, 2), offsets(3), Some(offsets(4))), "recv_offsets is i32[4]"),
+        (exchange(shared.clone(), shared, offsets(3), None), "recv overlaps send"),
+        (exchange(rows(4, 2), rows(4, 2), same.clone(), Some(same)), "overlaps send_offsets"),
+    ] {
+        let error = result.unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+    // Offsets that another stream is still writing, and such that nobody wrote.
+    let written = offsets(3);
+    other.wait(&s.point()).unwrap();
+    other.fill(&written.region(), 0).unwrap();
+    let error = exchange(rows(4, 2), rows(4, 2), written.clone(), None).unwrap_err();
+    assert!(error.contains("hazard: send_offsets"), "{error}");
+    let fresh = s.alloc_tensor(DType::I32, &[3]).unwrap();
+    let error = exchange(rows(4, 2), rows(4, 2), fresh.clone(), None).unwrap_err();
+    assert!(error.contains("which nothing wrote"), "{error}");
+    s.wait(&other.point()).unwrap();
+    exchange(rows(4, 2), rows(4, 2), written, Some(fresh.clone())).unwrap();
+    // What was received may be read, here; elsewhere only after a wait.
+    let cut = exchange(rows(4, 2), rows(4, 2), fresh.clone(), None);
+    cut.unwrap();
+    let error = other.fill(&fresh.region(), 0).unwrap_err().to_string();
+    assert!(error.contains("hazard"), "{error}");
+}
+
+#[test]
 fn correct_programs_pass_and_leaks_are_found() {
     let device = die(0);
     let (s, t) = (device.stream("s").unwrap(), device.stream("t").unwrap());
