@@ -59,24 +59,6 @@ fn duration(nanos: u64) -> Duration {
     Duration::from_nanos(nanos)
 }
 
-/// Element `i` of an array of size-first structs, each as large as the first says.
-///
-/// # Safety
-///
-/// Unless null, `at` points to more than `i` such structs.
-#[expect(unsafe_code, reason = "reads a caller's array")]
-pub(crate) unsafe fn nth_struct<T: Copy>(at: *const T, i: usize) -> Result<T, StructError> {
-    // SAFETY: the caller vouches for the first.
-    let first = unsafe { read_struct(at) }?;
-    if i == 0 {
-        return Ok(first);
-    }
-    // SAFETY: not null, since the first was read; any struct of `vacc.h` begins with its size.
-    let step = unsafe { at.cast::<u32>().read_unaligned() } as usize;
-    // SAFETY: the caller vouches for element `i`.
-    unsafe { read_struct(at.byte_add(i * step)) }
-}
-
 /// A label that a caller lends.
 pub(crate) fn label(at: *const c_char, length: u64) -> Outcome<Label> {
     Ok(Label::Shared(text(at, length, "label")?.into()))
