@@ -41,13 +41,7 @@ impl Direct {
             [
                 api.vacc_instance_create(null(), &raw mut instance),
                 api.vacc_device_open(instance, 0, &raw mut device),
-                api.vacc_stream_create(
-                    device,
-                    c"d".as_ptr(),
-                    1,
-                    &raw mut stream,
-                    &raw mut index,
-                ),
+                api.vacc_stream_create(device, c"d".as_ptr(), 1, &raw mut stream, &raw mut index),
             ]
         };
         assert_eq!(statuses, [VACC_OK as i32; 3]);

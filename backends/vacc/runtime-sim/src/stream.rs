@@ -81,9 +81,10 @@ pub(crate) extern "C" fn vacc_stream_create(
             return Err(Refused::null(if stream.is_null() { "stream" } else { "index" }));
         }
         let created = die.device.stream(label).map_err(|e| die.refused(e))?;
-        give(index, "index", created.id().index)?;
+        let number = created.id().index;
         let owned = Owned { stream: created, child: Child::of(die), taken: AtomicBool::new(false) };
-        give(stream, "stream", STREAMS.add(Arc::new(owned))?)
+        give(stream, "stream", STREAMS.add(Arc::new(owned))?)?;
+        give(index, "index", number)
     })
 }
 
