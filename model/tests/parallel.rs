@@ -153,7 +153,11 @@ fn greedy_text_in_fp8_is_that_of_one_rank() {
                 let mut engine = load(&tiny_dir(), plan, base);
                 engine.generate(&PROMPT, &greedy(12), &mut |_| {}).unwrap().token_ids
             };
-            assert_eq!(text(parallel), text(ParallelOptions::default()), "{parallel:?} {overlap:?}");
+            assert_eq!(
+                text(parallel),
+                text(ParallelOptions::default()),
+                "{parallel:?} {overlap:?}"
+            );
         }
     }
 }

@@ -36,24 +36,34 @@
  * Handles are opaque, made and destroyed by the library, and never dereferenced by the caller. A
  * handle that is null, foreign, or already destroyed gives VACC_ERROR_BAD_HANDLE. Destroying twice
  * is such an error and nothing worse. Children (streams, buffers, communicators) are destroyed
- * before their device is closed, devices before their instance: otherwise VACC_ERROR_BUSY.
+ * before their device is closed, devices before their instance: otherwise VACC_ERROR_BUSY. Handles
+ * of two instances in one call give VACC_ERROR_INVALID_ARGUMENT.
+ *
+ * Ownership. Who is given a handle owns it, and destroys it once. Everything else that is passed by
+ * pointer (structs, arrays, texts, bytes) stays the caller's, is looked at during the call only, and
+ * may be reused when it returns. What the library returns by pointer is static.
  *
  * Strings. Text goes in as pointer and length (no terminator, UTF-8), and comes out in arrays
  * inside structs, cut to fit and zero-terminated.
  *
  * Errors. Every function returns a vacc_status. What failed, with which values, is then told to
  * the same thread by vacc_last_error(), until its next call that fails. A function that fails has
- * changed nothing and submitted nothing, unless its text here says otherwise. Statuses not listed
- * here may be added: a caller keeps what it does not know.
+ * changed nothing, submitted nothing and written nothing through its pointers, unless its text here
+ * says otherwise. Statuses not listed here may be added: a caller keeps what it does not know.
+ * VACC_ERROR_INTERNAL can come from every function and is not listed with each.
  *
  * Threads. Every function may be called from any thread, any number at once, on different
  * handles. Calls that SUBMIT to a stream (marked so) need the stream to themselves: a second
  * one while another is inside gives VACC_ERROR_CONCURRENT_USE. Calls not marked so may run
- * besides anything else on the same handle. No function calls back into the caller.
+ * besides anything else on the same handle, and come before or after it as it happens. A handle
+ * that is destroyed while another thread is inside a call on it: VACC_ERROR_BUSY, or that call
+ * ends as if it had come first. No function calls back into the caller.
  *
  * Order. A stream's commands run in the order of submission and see each other's results. Streams
- * are ordered by vacc_stream_wait(), and by the host having waited. Submission never waits for
- * execution, except where said (vacc_stream_read).
+ * are ordered by vacc_stream_wait(), and by the host having waited. Accesses to memory that conflict
+ * without such an order are a mistake of the caller, which the library may refuse. Submission never
+ * waits for execution, except where said (vacc_stream_read). Calls not marked SUBMITS are no commands and have no place in the
+ * order of a stream, except where said (vacc_buffer_free).
  *
  * Sticky errors. A command that fails while running poisons its stream: nothing more runs on it,
  * its timeline stops before the failed command, and every later call that submits to it or waits
@@ -171,13 +181,15 @@ typedef struct vacc_error {
   char detail[VACC_TEXT_LENGTH];
 } vacc_error;
 
-/* REQUIRED. (VACC_ABI_MAJOR << 16) | VACC_ABI_MINOR of the library. Never fails. */
+/* REQUIRED. (VACC_ABI_MAJOR << 16) | VACC_ABI_MINOR of the library. Never fails, and may be called
+ * before anything else: no other function is, until the version is known to fit. */
 uint32_t vacc_abi_version(void);
 
-/* REQUIRED. The status' name ("VACC_ERROR_TIMEOUT"), or "unknown". Static; never null. */
+/* REQUIRED. The status' name ("VACC_ERROR_TIMEOUT"), or "unknown". Static, zero-terminated, never
+ * null. Never fails. */
 const char *vacc_status_name(vacc_status status);
 
-/* REQUIRED. The status in words. Static; never null. */
+/* REQUIRED. The status in words, or "unknown". Static, zero-terminated, never null. Never fails. */
 const char *vacc_status_text(vacc_status status);
 
 /* REQUIRED. What the last call that failed on this thread has to tell. status is VACC_OK if none
@@ -252,29 +264,36 @@ typedef struct vacc_memory_info {
 
 /* REQUIRED. Starts the library for these devices. The caller owns *instance. `options` may be
  * null. Several instances are independent of each other, where the library can have several.
- * Errors: INVALID_ARGUMENT (null, an unknown key, a device that does not exist or is named
- * twice), STRUCT_SIZE, UNSUPPORTED (a second instance), OUT_OF_MEMORY. */
+ * Errors: INVALID_ARGUMENT (`instance` is null, an unknown key, a text that is not UTF-8, a device
+ * that does not exist or is named twice), STRUCT_SIZE, UNSUPPORTED (a second instance, options of a
+ * later version), OUT_OF_MEMORY. */
 vacc_status vacc_instance_create(const vacc_instance_options *options, vacc_instance *instance);
 
-/* REQUIRED. Ends it.
+/* REQUIRED. Ends it, and everything that it has started: waits for commands that are running, drops
+ * what is still queued (nobody has a handle to see it by), and leaves no thread behind.
  * Errors: BAD_HANDLE, BUSY (devices are open). */
 vacc_status vacc_instance_destroy(vacc_instance instance);
 
-/* REQUIRED. Errors: BAD_HANDLE, INVALID_ARGUMENT (null), STRUCT_SIZE. */
+/* REQUIRED. What the library is. Never changes.
+ * Errors: BAD_HANDLE, INVALID_ARGUMENT (null), STRUCT_SIZE. */
 vacc_status vacc_instance_get_properties(vacc_instance instance, vacc_instance_properties *properties);
 
 /* REQUIRED. Opens the device with this ordinal. The caller owns *device. Opening one twice gives
- * two handles of the same memory and the same state.
+ * two handles of the same memory and the same state, each with children of its own.
  * Errors: BAD_HANDLE, INVALID_ARGUMENT (null, no such ordinal), DEVICE_LOST. */
 vacc_status vacc_device_open(vacc_instance instance, uint32_t ordinal, vacc_device *device);
 
-/* REQUIRED. Errors: BAD_HANDLE, BUSY (it has streams, buffers or communicators). */
+/* REQUIRED. Gives the handle back. Works on a lost device too.
+ * Errors: BAD_HANDLE, BUSY (it has streams, buffers or communicators). */
 vacc_status vacc_device_close(vacc_device device);
 
-/* REQUIRED. Errors: BAD_HANDLE, INVALID_ARGUMENT (null), STRUCT_SIZE. */
+/* REQUIRED. What the device is. Never changes, and is told of a lost device too.
+ * Errors: BAD_HANDLE, INVALID_ARGUMENT (null), STRUCT_SIZE. */
 vacc_status vacc_device_get_properties(vacc_device device, vacc_device_properties *properties);
 
-/* REQUIRED. Errors: BAD_HANDLE, INVALID_ARGUMENT (null), STRUCT_SIZE, DEVICE_LOST. */
+/* REQUIRED. How full its memory is, as of the allocations and frees called so far, over all handles
+ * of the device.
+ * Errors: BAD_HANDLE, INVALID_ARGUMENT (null), STRUCT_SIZE, DEVICE_LOST. */
 vacc_status vacc_device_get_memory_info(vacc_device device, vacc_memory_info *info);
 
 /* ---------------------------------------------------------------------------------------------
@@ -288,17 +307,19 @@ vacc_status vacc_device_get_memory_info(vacc_device device, vacc_memory_info *in
  * DEVICE_LOST. */
 vacc_status vacc_buffer_alloc(vacc_stream stream, uint64_t bytes, vacc_buffer *buffer);
 
-/* REQUIRED. Pinned host memory, which copies reach without staging. The caller owns *buffer.
+/* REQUIRED. Pinned host memory, which copies reach without staging. Belongs to no stream: commands
+ * of any may use it at once. Contents are undefined. The caller owns *buffer.
  * Errors: BAD_HANDLE, INVALID_ARGUMENT (null), OUT_OF_MEMORY, DEVICE_LOST. */
 vacc_status vacc_buffer_alloc_host(vacc_device device, uint64_t bytes, vacc_buffer *buffer);
 
-/* REQUIRED. Gives memory back, in stream order: commands submitted before keep it until they have
- * run. Works on a lost device too.
+/* REQUIRED. Gives memory back, in stream order: commands submitted before, to whatever stream, keep
+ * it until they have run. Does not wait for them. Works on a lost device too.
  * Errors: BAD_HANDLE. */
 vacc_status vacc_buffer_free(vacc_buffer buffer);
 
-/* REQUIRED. Copies bytes out of, or into, pinned host memory, on the calling thread. The caller
- * has waited for the commands that touch them.
+/* REQUIRED. Copies bytes out of, or into, pinned host memory, on the calling thread, and returns when
+ * that is done. No command: the caller has waited for the commands that touch them, and commands
+ * submitted later see what was written. Two threads may not touch the same bytes at once.
  * Errors: BAD_HANDLE, INVALID_ARGUMENT (null, device memory, a range outside, a command is using
  * them). */
 vacc_status vacc_buffer_read_host(vacc_buffer buffer, uint64_t offset, void *bytes, uint64_t length);
@@ -310,11 +331,12 @@ vacc_status vacc_buffer_write_host(vacc_buffer buffer, uint64_t offset, const vo
 
 /* REQUIRED. An ordered queue of commands. The label appears in errors and profiles. *index is its
  * number on the device, in order of creation. The caller owns *stream.
- * Errors: BAD_HANDLE, INVALID_ARGUMENT (null), DEVICE_LOST. */
+ * Errors: BAD_HANDLE, INVALID_ARGUMENT (null, a label that is not UTF-8), DEVICE_LOST. */
 vacc_status vacc_stream_create(vacc_device device, const char *label, uint64_t label_length,
                                vacc_stream *stream, uint32_t *index);
 
-/* REQUIRED. Gives the handle back at once; what was submitted still runs.
+/* REQUIRED. Gives the handle back at once; what was submitted still runs. Works on a lost device
+ * and a poisoned stream too.
  * Errors: BAD_HANDLE, BUSY (a call is inside it on another thread). */
 vacc_status vacc_stream_destroy(vacc_stream stream);
 
@@ -328,21 +350,24 @@ typedef struct vacc_region {
   uint64_t length;
 } vacc_region;
 
-/* REQUIRED. SUBMITS. Host memory to device memory. `bytes` may be reused when the call returns.
+/* REQUIRED. SUBMITS. destination->length bytes of host memory to device memory.
  * Errors: BAD_HANDLE, INVALID_ARGUMENT (null, a range outside, not ordered), CONCURRENT_USE,
  * FAILED, DEVICE_LOST. */
 vacc_status vacc_stream_write(vacc_stream stream, const vacc_region *destination, const void *bytes);
 
 /* REQUIRED. SUBMITS, then waits. Device memory to host memory, after everything submitted so far.
- * The library does not touch `bytes` once the call has returned, whatever it returned.
- * Errors: as vacc_stream_write, and TIMEOUT: the command is then still queued. */
+ * Holds the stream until it returns: other threads cannot submit meanwhile. The library does not
+ * touch `bytes` once the call has returned, whatever it returned.
+ * Errors: as vacc_stream_write, and TIMEOUT: the command is then still queued, and its bytes are
+ * dropped. */
 vacc_status vacc_stream_read(vacc_stream stream, const vacc_region *source, void *bytes,
                              uint64_t timeout_ns);
 
 /* REQUIRED. SUBMITS. Between buffers: within a device, to and from pinned host memory, and from
  * device to device; one side belongs to the stream's device. Lengths are equal, ranges do not
- * overlap.
- * Errors: as vacc_stream_write, and UNSUPPORTED (no link joins the two devices). */
+ * overlap. The other device's streams are ordered with it as with any command of this stream.
+ * Errors: as vacc_stream_write, INVALID_ARGUMENT also for lengths that differ and ranges that
+ * overlap, and UNSUPPORTED (no link joins the two devices). */
 vacc_status vacc_stream_copy(vacc_stream stream, const vacc_region *destination,
                              const vacc_region *source);
 
@@ -726,16 +751,21 @@ typedef struct vacc_op_top_k {
  */
 
 /* REQUIRED. SUBMITS. Launches the op whose code is `op` (VACC_OP_*), with the matching
- * vacc_op_* descriptor, which may be reused when the call returns.
- * Errors: BAD_HANDLE, INVALID_ARGUMENT (null, a view outside its buffer or misaligned, not
- * ordered), STRUCT_SIZE, UNSUPPORTED exactly where vacc_device_supports says so,
+ * vacc_op_* descriptor. The buffers that it names may be freed when the call returns: the command
+ * keeps their memory. What is wrong with values in that memory (an index outside its table) comes
+ * later, as a failed command with VACC_CAUSE_DATA.
+ * Errors: BAD_HANDLE (the stream's, or a buffer's), INVALID_ARGUMENT (null, a dtype or rank that
+ * does not exist, strides that overlap, a view outside its buffer or misaligned, another device's
+ * buffer, not ordered), STRUCT_SIZE, UNSUPPORTED exactly where vacc_device_supports says so,
  * CONCURRENT_USE, FAILED, DEVICE_LOST. */
 vacc_status vacc_stream_launch(vacc_stream stream, uint32_t op, const void *descriptor,
                                const char *label, uint64_t label_length);
 
 /* REQUIRED. Whether the device can run the op with operands of these shapes: VACC_OK, or
- * UNSUPPORTED with the reason as the text of vacc_last_error(). Buffers are not looked at.
- * Errors: BAD_HANDLE, INVALID_ARGUMENT (null), STRUCT_SIZE, UNSUPPORTED. */
+ * UNSUPPORTED with the reason as the text of vacc_last_error(). Buffers are not looked at. The
+ * answer never changes while the device is open.
+ * Errors: BAD_HANDLE, INVALID_ARGUMENT (null, a tensor that no rule allows), STRUCT_SIZE,
+ * UNSUPPORTED (also: an op code, or a field of a later version, that is not known). */
 vacc_status vacc_device_supports(vacc_device device, uint32_t op, const void *descriptor);
 
 /* ---------------------------------------------------------------------------------------------
@@ -751,25 +781,31 @@ typedef struct vacc_timestamp {
   uint64_t picoseconds;
 } vacc_timestamp;
 
-/* REQUIRED. The value at which everything submitted so far is done.
+/* REQUIRED. The value at which everything submitted so far is done: the number of commands. Told of
+ * a poisoned stream too.
  * Errors: BAD_HANDLE, INVALID_ARGUMENT (null). */
 vacc_status vacc_stream_get_point(vacc_stream stream, uint64_t *value);
 
-/* REQUIRED. The value reached so far; poisoned streams stop.
+/* REQUIRED. The value reached so far, without waiting; it never falls, and stops where a stream was
+ * poisoned. Having seen it orders nothing: vacc_stream_synchronize does.
  * Errors: BAD_HANDLE, INVALID_ARGUMENT (null). */
 vacc_status vacc_stream_get_reached(vacc_stream stream, uint64_t *value);
 
-/* REQUIRED. SUBMITS. Later commands of `stream` wait for `value` of `other`, which has been
- * submitted already. Waiting for the stream itself does nothing.
+/* REQUIRED. SUBMITS to `stream`. Later commands of it wait for `value` of `other`, which has been
+ * submitted already. `other` is only named: it may be in use, and destroyed afterwards. Waiting for
+ * the stream itself, at a value submitted already, does nothing and is no command.
  * Errors: BAD_HANDLE, INVALID_ARGUMENT (a value not submitted yet, another instance),
  * CONCURRENT_USE, FAILED (of `stream`), DEVICE_LOST. */
 vacc_status vacc_stream_wait(vacc_stream stream, vacc_stream other, uint64_t value);
 
-/* REQUIRED. The host waits until `value` is reached.
- * Errors: BAD_HANDLE, TIMEOUT, FAILED, DEVICE_LOST. */
+/* REQUIRED. The host waits until `value` is reached; others may submit meanwhile. What any thread
+ * submits afterwards, to whatever stream, is ordered after the first `value` commands.
+ * Errors: BAD_HANDLE, INVALID_ARGUMENT (a value not submitted yet), TIMEOUT, FAILED (one of the first
+ * `value` commands, or what they depend on), DEVICE_LOST. */
 vacc_status vacc_stream_synchronize(vacc_stream stream, uint64_t value, uint64_t timeout_ns);
 
-/* OPTIONAL. When the command with this number completed.
+/* OPTIONAL. When the command with this number completed, on the clock of the device's properties.
+ * Does not wait.
  * Errors: BAD_HANDLE, INVALID_ARGUMENT (null), STRUCT_SIZE, NOT_READY (it has not, or its record
  * has expired), UNSUPPORTED (no clock). */
 vacc_status vacc_stream_get_completion(vacc_stream stream, uint64_t value, vacc_timestamp *timestamp);
@@ -793,7 +829,7 @@ typedef struct vacc_link {
   uint32_t reserved;
 } vacc_link;
 
-/* REQUIRED. The path between two devices, by ordinal.
+/* REQUIRED. The path between two devices, by ordinal: from a device to itself too. Never changes.
  * Errors: BAD_HANDLE, INVALID_ARGUMENT (null, no such ordinal), STRUCT_SIZE. */
 vacc_status vacc_topology_get_link(vacc_instance instance, uint32_t from, uint32_t to, vacc_link *link);
 
@@ -851,33 +887,42 @@ typedef struct vacc_collective {
   uint32_t reserved;        /* 0 */
 } vacc_collective;
 
-/* REQUIRED. An id for a new group: one rank makes it, and gives it to the others by its own means.
+/* REQUIRED. An id for a new group: one rank makes it, and gives it to the others by its own means,
+ * as 16 bytes. It belongs to nobody and is never given back.
  * Errors: BAD_HANDLE, INVALID_ARGUMENT (null), DEVICE_LOST. */
 vacc_status vacc_comm_create_id(vacc_device device, vacc_comm_id *id);
 
-/* REQUIRED. Joins as one rank. Returns at once: ranks meet at their first collective. The caller
- * owns *comm.
+/* REQUIRED. Joins as one rank. Returns at once: ranks meet at their first collective, and may join
+ * in any order, from any threads. The caller owns *comm.
  * Errors: BAD_HANDLE, INVALID_ARGUMENT (null, the rank is taken or not below `ranks`, `ranks`
  * differs), DEVICE_LOST. */
 vacc_status vacc_comm_init(vacc_device device, const vacc_comm_id *id, uint32_t rank,
                            uint32_t ranks, vacc_comm *comm);
 
-/* REQUIRED. Errors: BAD_HANDLE. */
+/* REQUIRED. Gives the handle back at once; collectives that were submitted still run. Works on a lost
+ * device and a failed group too.
+ * Errors: BAD_HANDLE. */
 vacc_status vacc_comm_destroy(vacc_comm comm);
 
-/* REQUIRED. SUBMITS. Queues a batch as one command: either group collectives, or sends and
- * receives only. An empty batch is no command.
- * Errors: BAD_HANDLE, INVALID_ARGUMENT (null, sizes that do not fit, another device's stream),
- * STRUCT_SIZE, CONCURRENT_USE, FAILED (of the stream or the group), DEVICE_LOST. */
+/* REQUIRED. SUBMITS to `stream`. Queues a batch as one command: either group collectives, or sends
+ * and receives only. An empty batch is no command. It is done when it is done on this rank. Ranks
+ * must agree on the order of a communicator's batches, whatever streams they are on: one thread
+ * submits them, or threads take turns.
+ * Errors: BAD_HANDLE (the communicator's, the stream's, or a buffer's), INVALID_ARGUMENT (null, sizes
+ * that do not fit, a peer that does not exist, another device's stream), STRUCT_SIZE, UNSUPPORTED (a
+ * kind or a reduction that is not known), CONCURRENT_USE, FAILED (of the stream or the group),
+ * DEVICE_LOST. */
 vacc_status vacc_comm_submit(vacc_comm comm, vacc_stream stream, const vacc_collective *batch,
                              uint32_t count, const char *label, uint64_t label_length);
 
-/* REQUIRED. Fails everything pending and everything later, on every rank. The way out when a peer
- * will never arrive.
- * Errors: BAD_HANDLE, INVALID_ARGUMENT (null with a length). */
+/* REQUIRED. Fails everything pending and everything later, on every rank, with VACC_CAUSE_ABORTED and
+ * the reason; of several aborts, and of a failure before, the first stays. Does not wait. The way out
+ * when a peer will never arrive: for any thread, also while others wait or submit.
+ * Errors: BAD_HANDLE, INVALID_ARGUMENT (null with a length, not UTF-8). */
 vacc_status vacc_comm_abort(vacc_comm comm, const char *reason, uint64_t reason_length);
 
-/* REQUIRED. What has failed so far, without waiting: VACC_OK or the first failure.
+/* REQUIRED. What has failed so far in the group, on whatever rank, without waiting: VACC_OK or the
+ * first failure.
  * Errors: BAD_HANDLE, FAILED, DEVICE_LOST. */
 vacc_status vacc_comm_get_status(vacc_comm comm);
 
@@ -922,13 +967,16 @@ typedef struct vacc_profile_record {
   char label[VACC_LABEL_LENGTH];
 } vacc_profile_record;
 
-/* Begins (1) or ends (0) recording every command of the device that completes. What was recorded
- * and not read is dropped when it begins.
- * Errors: BAD_HANDLE, UNSUPPORTED (no clock: never an empty profile). */
+/* OPTIONAL. Begins (1) or ends (0) recording every command of the device that completes from now on.
+ * What was recorded and not read is dropped when it begins, and kept when it ends.
+ * Errors: BAD_HANDLE, INVALID_ARGUMENT (neither 0 nor 1), UNSUPPORTED (no clock: never an empty
+ * profile). */
 vacc_status vacc_profile_enable(vacc_device device, uint32_t enable);
 
-/* Takes at most `capacity` of the oldest records. records[0].size is the size of each. *count is
- * how many were written, *lost how many did not fit the library's memory since the last call.
+/* OPTIONAL. Takes at most `capacity` of the oldest records, each of which is given once. Of the array,
+ * which is the caller's, records[0].size says how large each element is; each one written says how
+ * much of it was filled, so records[0].size is set again before the next call. *count is how many
+ * were written, *lost how many did not fit the library's memory since the last call.
  * Records of a stream come in order, and before anybody sees the stream's timeline reach them.
  * Errors: BAD_HANDLE, INVALID_ARGUMENT (null), STRUCT_SIZE. */
 vacc_status vacc_profile_read(vacc_device device, vacc_profile_record *records, uint32_t capacity,
@@ -957,7 +1005,9 @@ typedef struct vacc_telemetry {
   uint64_t memory_capacity;
 } vacc_telemetry;
 
-/* Errors: BAD_HANDLE, INVALID_ARGUMENT (null), STRUCT_SIZE, DEVICE_LOST. */
+/* OPTIONAL. Readings of this moment; utilisations are averages since the last call on this device,
+ * by whatever thread. Does not wait for anything.
+ * Errors: BAD_HANDLE, INVALID_ARGUMENT (null), STRUCT_SIZE, DEVICE_LOST. */
 vacc_status vacc_device_get_telemetry(vacc_device device, vacc_telemetry *telemetry);
 
 /* ---------------------------------------------------------------------------------------------
@@ -990,8 +1040,10 @@ typedef struct vacc_fault_rule {
   uint64_t text_length;
 } vacc_fault_rule;
 
-/* Replaces the device's rules; the first that matches decides. No rules: count 0.
- * Errors: BAD_HANDLE, INVALID_ARGUMENT (null with a count), STRUCT_SIZE. */
+/* OPTIONAL. Replaces the device's rules, for commands submitted from now on; the first that matches
+ * decides. No rules: count 0. Counts of matches begin anew.
+ * Errors: BAD_HANDLE, INVALID_ARGUMENT (null with a count, a text that is not UTF-8), STRUCT_SIZE,
+ * UNSUPPORTED (an action that is not known). */
 vacc_status vacc_device_set_faults(vacc_device device, const vacc_fault_rule *rules, uint32_t count);
 
 #ifdef __cplusplus

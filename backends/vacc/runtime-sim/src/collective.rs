@@ -4,7 +4,7 @@ use crate::device::{Child, DEVICES};
 use crate::error::{Outcome, Refused, give, guard, text};
 use crate::handles::Table;
 use crate::memory::tensor;
-use crate::stream::{STREAMS, label, nth_struct};
+use crate::stream::{STREAMS, label};
 use hal::{
     Collective, CollectiveKind, Communicator, CommunicatorId, PeerCounts, Reduction, Tensor,
 };
@@ -99,7 +99,7 @@ pub(crate) extern "C" fn vacc_comm_submit(
             let least = std::mem::offset_of!(vacc_collective, send_offsets);
             // SAFETY: the header obliges callers to pass `count` structs, each as large as the
             // first says.
-            let wire = unsafe { nth_struct(batch, i, least) }?;
+            let wire = unsafe { read_element(batch, i, least) }?;
             collectives.push(collective(&wire, rank.communicator.size())?);
         }
         let submitted = owned.stream.submit_collectives(&rank.communicator, &collectives, &label);

@@ -175,9 +175,8 @@ pub(crate) extern "C" fn vacc_device_set_faults(
         let mut plan = Vec::new();
         for i in 0..count as usize {
             // SAFETY: the header obliges callers to pass `count` structs, each as large as the
-            // first says; the first is read, and so checked, before any other.
-            let rule =
-                unsafe { crate::stream::nth_struct(rules, i, size_of::<vacc_fault_rule>()) }?;
+            // first says.
+            let rule = unsafe { read_element(rules, i, size_of::<vacc_fault_rule>()) }?;
             plan.push(fault_rule(&rule)?);
         }
         die.device.set_faults(Some(Arc::new(FaultPlan::new(plan)))).map_err(|e| die.refused(e))
@@ -266,7 +265,7 @@ pub(crate) extern "C" fn vacc_profile_read(
             return Err(Refused::null(if count.is_null() { "count" } else { "lost" }));
         }
         // SAFETY: the header obliges callers to pass records, of which the first says its size.
-        let step = unsafe { read_struct(records.cast_const()) }?.size as usize;
+        let step = unsafe { claimed_size(records.cast_const(), size_of::<vacc_profile_record>()) }?;
         let mut kept = die.profile.kept.lock();
         let n = kept.0.len().min(capacity as usize);
         for (i, span) in kept.0.drain(..n).enumerate() {

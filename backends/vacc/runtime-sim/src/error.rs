@@ -68,7 +68,7 @@ impl From<StructError> for Refused {
     fn from(error: StructError) -> Self {
         let status = match error {
             StructError::Null(_) => VACC_ERROR_INVALID_ARGUMENT,
-            StructError::TooSmall { .. } => VACC_ERROR_STRUCT_SIZE,
+            StructError::TooSmall { .. } | StructError::Uneven { .. } => VACC_ERROR_STRUCT_SIZE,
             StructError::Unknown { .. } => VACC_ERROR_UNSUPPORTED,
         };
         Refused::new(status, error.to_string())
@@ -247,4 +247,62 @@ pub(crate) extern "C" fn vacc_last_error(error: *mut vacc_error) -> vacc_status 
     // Not through `guard`: a failure here does not replace what is told.
     let last = LAST.with(|last| *last.borrow());
     fill(error, &last).map_or_else(|refused| refused.status(), |()| VACC_OK as vacc_status)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_becomes_a_status_with_its_text() {
+        let panics: [fn() -> Outcome; 3] = [
+            || std::panic::panic_any("words"),
+            || panic!("{} words", 2),
+            || std::panic::panic_any(17),
+        ];
+        for (panics, told) in panics.into_iter().zip(["words", "2 words", ""]) {
+            assert_eq!(guard(panics), VACC_ERROR_INTERNAL as i32);
+            let mut error = blank();
+            assert_eq!(vacc_last_error(&raw mut error), VACC_OK as i32);
+            let text: Vec<u8> =
+                error.text.iter().take_while(|&&c| c != 0).map(|&c| c as u8).collect();
+            let text = String::from_utf8(text).unwrap();
+            assert_eq!(text, format!("a mistake in libvaccrt: {told}"));
+        }
+    }
+
+    /// Those that look things up and can neither fail nor panic.
+    const UNGUARDED: [&str; 4] =
+        ["vacc_abi_version", "vacc_status_name", "vacc_status_text", "vacc_last_error"];
+
+    #[test]
+    fn every_exported_function_is_guarded() {
+        let sources = [
+            include_str!("collective.rs"),
+            include_str!("device.rs"),
+            include_str!("error.rs"),
+            include_str!("memory.rs"),
+            include_str!("stream.rs"),
+            include_str!("system.rs"),
+            include_str!("telemetry.rs"),
+        ];
+        let exported = || sources.iter().flat_map(|s| s.split("extern \"C\" fn vacc_").skip(1));
+        assert!(exported().count() > 40);
+        for function in exported() {
+            let (name, _) = function.split_once('(').unwrap();
+            let (_, body) = function.split_once("-> ").unwrap();
+            let (_, body) = body.split_once("{\n").unwrap();
+            let guarded = body.trim_start().starts_with("guard(||");
+            assert_eq!(guarded, !UNGUARDED.contains(&&*format!("vacc_{name}")), "vacc_{name}");
+        }
+    }
+
+    #[test]
+    fn text_is_cut_between_characters() {
+        let mut field = [1; 4];
+        put(&mut field, "aé€");
+        assert_eq!(field.map(|c| c as u8), [b'a', 0xc3, 0xa9, 0]);
+        put(&mut field, "a€");
+        assert_eq!(field[..2], [b'a' as c_char, 0]);
+    }
 }

@@ -59,29 +59,6 @@ fn duration(nanos: u64) -> Duration {
     Duration::from_nanos(nanos)
 }
 
-/// Element `i` of an array of size-first structs, each as large as the first says, of which version
-/// 1.0 had the first `least` bytes.
-///
-/// # Safety
-///
-/// Unless null, `at` points to more than `i` such structs.
-#[expect(unsafe_code, reason = "reads a caller's array")]
-pub(crate) unsafe fn nth_struct<T: Copy>(
-    at: *const T,
-    i: usize,
-    least: usize,
-) -> Result<T, StructError> {
-    // SAFETY: the caller vouches for the first.
-    let first = unsafe { read_grown(at, least) }?;
-    if i == 0 {
-        return Ok(first);
-    }
-    // SAFETY: not null, since the first was read; any struct of `vacc.h` begins with its size.
-    let step = unsafe { at.cast::<u32>().read_unaligned() } as usize;
-    // SAFETY: the caller vouches for element `i`.
-    unsafe { read_grown(at.byte_add(i * step), least) }
-}
-
 /// A label that a caller lends.
 pub(crate) fn label(at: *const c_char, length: u64) -> Outcome<Label> {
     Ok(Label::Shared(text(at, length, "label")?.into()))
@@ -104,9 +81,10 @@ pub(crate) extern "C" fn vacc_stream_create(
             return Err(Refused::null(if stream.is_null() { "stream" } else { "index" }));
         }
         let created = die.device.stream(label).map_err(|e| die.refused(e))?;
-        give(index, "index", created.id().index)?;
+        let number = created.id().index;
         let owned = Owned { stream: created, child: Child::of(die), taken: AtomicBool::new(false) };
-        give(stream, "stream", STREAMS.add(Arc::new(owned))?)
+        give(stream, "stream", STREAMS.add(Arc::new(owned))?)?;
+        give(index, "index", number)
     })
 }
 

@@ -43,6 +43,18 @@ pub enum StructError {
         /// The size known.
         known: usize,
     },
+    /// It stands in an array whose first element has another size.
+    #[error("element {index} of an array of {name} has {size} bytes, the first {first}")]
+    Uneven {
+        /// The struct.
+        name: &'static str,
+        /// Its place in the array.
+        index: usize,
+        /// Its `size`.
+        size: usize,
+        /// That of element 0.
+        first: usize,
+    },
 }
 
 /// The most that a struct may claim to have grown to.
@@ -50,6 +62,30 @@ const MOST: usize = 1 << 16;
 
 fn name<T>() -> &'static str {
     std::any::type_name::<T>().rsplit("::").next().unwrap_or("a struct")
+}
+
+/// The size that a size-first struct says it has, which is at least the `least` bytes that version
+/// 1.0 had.
+///
+/// # Errors
+///
+/// Null, or too small.
+///
+/// # Safety
+///
+/// Unless null, `at` is readable for four bytes. `T` is a struct of `vacc.h`, so its first field is
+/// its size.
+#[expect(unsafe_code, reason = "reads a caller's struct")]
+pub unsafe fn claimed_size<T>(at: *const T, least: usize) -> Result<usize, StructError> {
+    if at.is_null() {
+        return Err(StructError::Null(name::<T>()));
+    }
+    // SAFETY: not null, and the caller vouches for the first four bytes.
+    let size = unsafe { at.cast::<u32>().read_unaligned() } as usize;
+    match size < least {
+        true => Err(StructError::TooSmall { name: name::<T>(), size, expected: least }),
+        false => Ok(size),
+    }
 }
 
 /// Reads a size-first struct of whatever version, which has not grown since version 1.0.
@@ -81,14 +117,8 @@ pub unsafe fn read_struct<T: Copy>(at: *const T) -> Result<T, StructError> {
 #[expect(unsafe_code, reason = "reads a caller's struct")]
 pub unsafe fn read_grown<T: Copy>(at: *const T, least: usize) -> Result<T, StructError> {
     let known = size_of::<T>();
-    if at.is_null() {
-        return Err(StructError::Null(name::<T>()));
-    }
-    // SAFETY: not null, and the caller vouches for the first four bytes.
-    let size = unsafe { at.cast::<u32>().read_unaligned() } as usize;
-    if size < least {
-        return Err(StructError::TooSmall { name: name::<T>(), size, expected: least });
-    }
+    // SAFETY: the caller vouches for the first four bytes.
+    let size = unsafe { claimed_size(at, least) }?;
     if size < known {
         let mut value = MaybeUninit::<T>::zeroed();
         // SAFETY: `size` bytes are readable, and fewer than `value` has; they do not overlap.
@@ -105,6 +135,35 @@ pub unsafe fn read_grown<T: Copy>(at: *const T, least: usize) -> Result<T, Struc
     Ok(unsafe { at.read_unaligned() })
 }
 
+/// Reads element `index` of an array of size-first structs, each as large as the first says, of
+/// which version 1.0 had the first `least` bytes.
+///
+/// # Errors
+///
+/// As [`read_struct`], and an element of another size than the first.
+///
+/// # Safety
+///
+/// As [`read_struct`], for each of the first `index + 1` elements.
+#[expect(unsafe_code, reason = "reads a caller's array")]
+pub unsafe fn read_element<T: Copy>(
+    at: *const T,
+    index: usize,
+    least: usize,
+) -> Result<T, StructError> {
+    // SAFETY: the caller vouches for the first element.
+    let first = unsafe { claimed_size(at, least) }?;
+    // SAFETY: and for the others, which lie this far apart.
+    let element = unsafe { at.byte_add(index * first) };
+    // SAFETY: as above.
+    let size = unsafe { claimed_size(element, least) }?;
+    if size != first {
+        return Err(StructError::Uneven { name: name::<T>(), index, size, first });
+    }
+    // SAFETY: as above.
+    unsafe { read_grown(element, least) }
+}
+
 /// Fills a size-first struct of the caller's, whose `size` says how much room there is; `value`'s
 /// own first field says how much is filled.
 ///
@@ -117,16 +176,9 @@ pub unsafe fn read_grown<T: Copy>(at: *const T, least: usize) -> Result<T, Struc
 /// As [`read_struct`], and writable.
 #[expect(unsafe_code, reason = "writes a caller's struct")]
 pub unsafe fn write_struct<T: Copy>(at: *mut T, value: &T) -> Result<(), StructError> {
-    let known = size_of::<T>();
-    if at.is_null() {
-        return Err(StructError::Null(name::<T>()));
-    }
-    // SAFETY: not null, and the caller vouches for the first four bytes.
-    let size = unsafe { at.cast::<u32>().read_unaligned() } as usize;
-    if size < known {
-        return Err(StructError::TooSmall { name: name::<T>(), size, expected: known });
-    }
-    // SAFETY: the caller vouches for `size`, which is at least `known`.
+    // SAFETY: the caller vouches for the first four bytes.
+    unsafe { claimed_size(at.cast_const(), size_of::<T>()) }?;
+    // SAFETY: the caller vouches for the claimed size, which is at least that of a `T`.
     unsafe { at.write_unaligned(*value) };
     Ok(())
 }

@@ -4,72 +4,12 @@
  * with 0, or names the line that failed and exits with 1.
  */
 #define _POSIX_C_SOURCE 200809L
-#include "vacc.h"
+#include "check.h"
 
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <time.h>
 
-static int checks;
-
-#define CHECK(condition)                                                     \
-  do {                                                                       \
-    checks += 1;                                                             \
-    if (!(condition)) {                                                      \
-      vacc_error told;                                                       \
-      memset(&told, 0, sizeof told);                                         \
-      told.size = sizeof told;                                               \
-      vacc_last_error(&told);                                                \
-      fprintf(stderr, "line %d: %s\n  last error: %s: %s (%s)\n", __LINE__,  \
-              #condition, vacc_status_name(told.status), told.text, told.detail); \
-      exit(1);                                                               \
-    }                                                                        \
-  } while (0)
-
-#define OK(call) CHECK((call) == VACC_OK)
-#define REFUSED(call, code) CHECK((call) == (code))
-#define SECONDS 1000000000ull
-
-static vacc_tensor floats(vacc_buffer buffer, uint32_t n) {
-  vacc_tensor t;
-  memset(&t, 0, sizeof t);
-  t.buffer = buffer;
-  t.dtype = VACC_DTYPE_F32;
-  t.rank = 1;
-  t.shape[0] = n;
-  t.strides[0] = 1;
-  return t;
-}
-
-static vacc_op_add add(vacc_tensor a, vacc_tensor b, vacc_tensor out) {
-  vacc_op_add op;
-  memset(&op, 0, sizeof op);
-  op.size = sizeof op;
-  op.a = a;
-  op.b = b;
-  op.out = out;
-  return op;
-}
-
-static vacc_stream stream_on(vacc_device device, const char *label) {
-  vacc_stream stream;
-  uint32_t index;
-  OK(vacc_stream_create(device, label, strlen(label), &stream, &index));
-  return stream;
-}
-
-static vacc_buffer buffer_of(vacc_stream stream, const float *values, uint64_t n) {
-  vacc_buffer buffer;
-  vacc_region all;
-  OK(vacc_buffer_alloc(stream, n * 4, &buffer));
-  all.buffer = buffer;
-  all.offset = 0;
-  all.length = n * 4;
-  OK(vacc_stream_write(stream, &all, values));
-  return buffer;
-}
+int checks;
 
 static void computes(vacc_device device) {
   float one[3] = {1, 2, 3}, got[3] = {0, 0, 0};
@@ -145,118 +85,6 @@ static void sums_over_two(vacc_device a, vacc_device b) {
     OK(vacc_buffer_free(buffers[r]));
     OK(vacc_stream_destroy(streams[r]));
   }
-}
-
-/* A larger struct is taken if it asks for nothing unknown, a smaller one is not. */
-static void sizes(vacc_instance instance, vacc_device device) {
-  struct {
-    vacc_device_properties it;
-    uint64_t more[4];
-  } grown;
-  struct {
-    vacc_op_add it;
-    uint64_t more;
-  } asked;
-  vacc_device_properties properties;
-  vacc_link link;
-  vacc_error error;
-  float one = 1;
-  vacc_stream stream = stream_on(device, "sizes");
-  vacc_buffer x = buffer_of(stream, &one, 1);
-  memset(&grown, 0x5a, sizeof grown);
-  grown.it.size = sizeof grown;
-  OK(vacc_device_get_properties(device, &grown.it));
-  CHECK(grown.it.size == sizeof properties && grown.more[0] == 0x5a5a5a5a5a5a5a5aull);
-  CHECK(grown.it.memory_bytes > 0 && strlen(grown.it.name) > 0);
-  memset(&properties, 0, sizeof properties);
-  properties.size = sizeof properties - 8;
-  REFUSED(vacc_device_get_properties(device, &properties), VACC_ERROR_STRUCT_SIZE);
-  REFUSED(vacc_device_get_properties(device, NULL), VACC_ERROR_INVALID_ARGUMENT);
-  asked.it = add(floats(x, 1), floats(x, 1), floats(x, 1));
-  asked.it.size = sizeof asked;
-  asked.more = 0;
-  OK(vacc_stream_launch(stream, VACC_OP_ADD, &asked, "grown", 5));
-  asked.more = 1;
-  REFUSED(vacc_stream_launch(stream, VACC_OP_ADD, &asked, "grown", 5), VACC_ERROR_UNSUPPORTED);
-  asked.it.size = 8;
-  REFUSED(vacc_stream_launch(stream, VACC_OP_ADD, &asked, "small", 5), VACC_ERROR_STRUCT_SIZE);
-  link.size = sizeof link;
-  OK(vacc_topology_get_link(instance, 0, 1, &link));
-  CHECK(link.kind != VACC_LINK_NONE);
-  REFUSED(vacc_topology_get_link(instance, 0, 9999, &link), VACC_ERROR_INVALID_ARGUMENT);
-  error.size = 4;
-  REFUSED(vacc_last_error(&error), VACC_ERROR_STRUCT_SIZE);
-  REFUSED(vacc_last_error(NULL), VACC_ERROR_INVALID_ARGUMENT);
-  OK(vacc_buffer_free(x));
-  OK(vacc_stream_destroy(stream));
-}
-
-/* Null, stale, foreign and wild handles; wrong codes; ranges outside. */
-static void hostile(vacc_instance instance, vacc_device device) {
-  vacc_stream stream = stream_on(device, "hostile"), stale = stream_on(device, "stale");
-  float one[4] = {1, 1, 1, 1}, room[8];
-  vacc_buffer x = buffer_of(stream, one, 4), y = buffer_of(stream, one, 4);
-  vacc_region region = {NULL, 0, 16};
-  vacc_op_add op = add(floats(x, 4), floats(x, 4), floats(x, 4));
-  vacc_device other;
-  vacc_buffer none = NULL;
-  uint64_t before, after;
-  uint32_t index;
-  const uintptr_t wild[] = {0, 1, 7, 0x1000, 0xdeadbeef, UINTPTR_MAX};
-  size_t i;
-  region.buffer = x;
-  OK(vacc_stream_get_point(stream, &before));
-  OK(vacc_stream_destroy(stale));
-  REFUSED(vacc_stream_destroy(stale), VACC_ERROR_BAD_HANDLE);
-  REFUSED(vacc_stream_fill(stale, &region, 1), VACC_ERROR_BAD_HANDLE);
-  OK(vacc_buffer_free(y));
-  REFUSED(vacc_buffer_free(y), VACC_ERROR_BAD_HANDLE);
-  for (i = 0; i < sizeof wild / sizeof *wild; i++) {
-    REFUSED(vacc_buffer_free((vacc_buffer)wild[i]), VACC_ERROR_BAD_HANDLE);
-    REFUSED(vacc_stream_destroy((vacc_stream)wild[i]), VACC_ERROR_BAD_HANDLE);
-    REFUSED(vacc_device_close((vacc_device)wild[i]), VACC_ERROR_BAD_HANDLE);
-    REFUSED(vacc_instance_destroy((vacc_instance)wild[i]), VACC_ERROR_BAD_HANDLE);
-    REFUSED(vacc_comm_destroy((vacc_comm)wild[i]), VACC_ERROR_BAD_HANDLE);
-  }
-  REFUSED(vacc_buffer_free((vacc_buffer)stream), VACC_ERROR_BAD_HANDLE);
-  REFUSED(vacc_device_open(instance, 9999, &other), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_device_open(instance, 0, NULL), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_stream_create(device, NULL, 5, &stale, &index), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_stream_create(device, "\xff\xfe", 2, &stale, &index), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_stream_create(device, "x", 1, NULL, &index), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_buffer_alloc(stream, UINT64_MAX, &none), VACC_ERROR_OUT_OF_MEMORY);
-  REFUSED(vacc_buffer_alloc(stream, 4, NULL), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_stream_write(stream, NULL, one), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_stream_write(stream, &region, NULL), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_stream_read(stream, &region, NULL, SECONDS), VACC_ERROR_INVALID_ARGUMENT);
-  region.offset = 8;
-  REFUSED(vacc_stream_write(stream, &region, one), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_stream_read(stream, &region, room, SECONDS), VACC_ERROR_INVALID_ARGUMENT);
-  region.length = UINT64_MAX;
-  REFUSED(vacc_stream_write(stream, &region, one), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_stream_read(stream, &region, room, SECONDS), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_stream_launch(stream, VACC_OP_ADD, NULL, "null", 4), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_stream_launch(stream, 0, &op, "op 0", 4), VACC_ERROR_UNSUPPORTED);
-  REFUSED(vacc_stream_launch(stream, 9999, &op, "op 9999", 7), VACC_ERROR_UNSUPPORTED);
-  op.a.dtype = 42;
-  REFUSED(vacc_stream_launch(stream, VACC_OP_ADD, &op, "dtype", 5), VACC_ERROR_INVALID_ARGUMENT);
-  op.a = floats(x, 4);
-  op.a.rank = 9;
-  REFUSED(vacc_stream_launch(stream, VACC_OP_ADD, &op, "rank", 4), VACC_ERROR_INVALID_ARGUMENT);
-  op.a = floats(y, 4);
-  REFUSED(vacc_stream_launch(stream, VACC_OP_ADD, &op, "freed", 5), VACC_ERROR_BAD_HANDLE);
-  op.a = floats(x, 5);
-  REFUSED(vacc_stream_launch(stream, VACC_OP_ADD, &op, "shape", 5), VACC_ERROR_UNSUPPORTED);
-  REFUSED(vacc_stream_wait(stream, stream, 1u << 20), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_stream_synchronize(stream, 1u << 20, SECONDS), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_buffer_write_host(x, 0, one, 4), VACC_ERROR_INVALID_ARGUMENT);
-  REFUSED(vacc_device_close(device), VACC_ERROR_BUSY);
-  REFUSED(vacc_instance_destroy(instance), VACC_ERROR_BUSY);
-  OK(vacc_stream_get_point(stream, &after));
-  CHECK(after == before);
-  OK(vacc_stream_synchronize(stream, after, 5 * SECONDS));
-  OK(vacc_buffer_free(x));
-  OK(vacc_stream_destroy(stream));
 }
 
 /* A stream whose reader waits, and what came of it. */
@@ -346,6 +174,73 @@ static void faults(vacc_device device) {
   OK(vacc_stream_destroy(fails));
 }
 
+static void *told(void *argument) {
+  vacc_error *error = argument;
+  error->size = sizeof *error;
+  if (vacc_last_error(error) != VACC_OK) error->status = -1;
+  return NULL;
+}
+
+/* What is told belongs to the thread that failed; handles belong to all. */
+static void threads(vacc_device device) {
+  pthread_t thread;
+  vacc_error error;
+  REFUSED(vacc_stream_destroy(NULL), VACC_ERROR_BAD_HANDLE);
+  CHECK(pthread_create(&thread, NULL, told, &error) == 0);
+  CHECK(pthread_join(thread, NULL) == 0);
+  CHECK(error.status == VACC_OK);
+  error.size = sizeof error;
+  OK(vacc_last_error(&error));
+  CHECK(error.status == VACC_ERROR_BAD_HANDLE && strstr(error.text, "null"));
+  /* A call that works leaves it. */
+  OK(vacc_device_get_error(device, &error));
+  CHECK(error.status == VACC_OK);
+  error.size = sizeof error;
+  OK(vacc_last_error(&error));
+  CHECK(error.status == VACC_ERROR_BAD_HANDLE);
+}
+
+/* Work that will never run: a hang, who waits for it, a collective without its second rank. It is
+ * given back all the same, and nothing of it is left when the instance has ended. */
+static void abandons(vacc_device device) {
+  vacc_fault_rule rule;
+  vacc_stream hangs = stream_on(device, "hangs"), waits = stream_on(device, "waits");
+  vacc_stream alone = stream_on(device, "alone");
+  vacc_buffer x, y;
+  vacc_region all = {NULL, 0, 4};
+  vacc_comm comm;
+  vacc_comm_id id;
+  vacc_collective sum;
+  float one = 1;
+  uint64_t value;
+  memset(&rule, 0, sizeof rule);
+  rule.size = sizeof rule;
+  rule.action = VACC_FAULT_HANG;
+  rule.nth = VACC_FAULT_EACH;
+  rule.command = "fill";
+  rule.command_length = 4;
+  OK(vacc_device_set_faults(device, &rule, 1));
+  x = buffer_of(hangs, &one, 1);
+  y = buffer_of(alone, &one, 1);
+  all.buffer = x;
+  OK(vacc_stream_fill(hangs, &all, 0));
+  OK(vacc_stream_get_point(hangs, &value));
+  OK(vacc_stream_wait(waits, hangs, value));
+  OK(vacc_comm_create_id(device, &id));
+  OK(vacc_comm_init(device, &id, 0, 2, &comm));
+  memset(&sum, 0, sizeof sum);
+  sum.size = sizeof sum;
+  sum.kind = VACC_COLLECTIVE_ALL_REDUCE;
+  sum.send = sum.recv = floats(y, 1);
+  OK(vacc_comm_submit(comm, alone, &sum, 1, "alone", 5));
+  OK(vacc_comm_destroy(comm));
+  OK(vacc_buffer_free(x));
+  OK(vacc_buffer_free(y));
+  OK(vacc_stream_destroy(hangs));
+  OK(vacc_stream_destroy(waits));
+  OK(vacc_stream_destroy(alone));
+}
+
 static void profiles(vacc_device device) {
   vacc_stream stream;
   float one = 1;
@@ -385,7 +280,9 @@ int main(void) {
   vacc_error error;
   CHECK(vacc_abi_version() >> 16 == VACC_ABI_MAJOR);
   CHECK(strcmp(vacc_status_name(VACC_ERROR_TIMEOUT), "VACC_ERROR_TIMEOUT") == 0);
+  CHECK(strcmp(vacc_status_text(VACC_ERROR_TIMEOUT), "timed out") == 0);
   CHECK(strcmp(vacc_status_name(12345), "unknown") == 0);
+  CHECK(strcmp(vacc_status_text(INT32_MIN), "unknown") == 0);
   memset(&options, 0, sizeof options);
   options.size = sizeof options;
   options.visible_devices = "2,0";
@@ -409,10 +306,15 @@ int main(void) {
   OK(vacc_device_open(instance, 1, &second));
   computes(device);
   sums_over_two(device, second);
-  sizes(instance, device);
-  hostile(instance, device);
+  bad_handles(instance, device);
+  null_pointers(instance, device);
+  wrong_sizes(instance, device);
+  wrong_values(instance, device);
+  another_instance(device);
   faults(device);
   profiles(second);
+  threads(device);
+  abandons(second);
   memory.size = sizeof memory;
   OK(vacc_device_get_memory_info(device, &memory));
   CHECK(memory.used == 0 && memory.peak > 0);

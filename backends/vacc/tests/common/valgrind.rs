@@ -6,15 +6,10 @@ use std::path::Path;
 use std::process::Command;
 
 /// The program, to be run under valgrind, which makes it exit with 99 where it finds an error or a
-/// leak. `None` where valgrind is not installed, which is said on standard error: past the test
-/// harness, which would swallow it.
+/// leak. `None` where valgrind is not installed, which is said.
 pub(crate) fn valgrind(program: impl AsRef<OsStr>) -> Option<Command> {
     if let Err(error) = Command::new("valgrind").arg("--version").output() {
-        let name = program.as_ref().display();
-        let _ = writeln!(
-            std::io::stderr(),
-            "\nNOT RUN under valgrind: {name} (starting valgrind: {error}; install the package)\n"
-        );
+        not_run(&format!("{} under valgrind ({error})", program.as_ref().display()));
         return None;
     }
     let mut command = Command::new("valgrind");
@@ -27,4 +22,9 @@ pub(crate) fn valgrind(program: impl AsRef<OsStr>) -> Option<Command> {
     // The simulator's threads take turns by sleeping and waking: one must not starve the others.
     command.arg("--fair-sched=yes").arg(program);
     Some(command)
+}
+
+/// Says what a machine lacks the tools for, past the test harness, which would swallow it.
+pub(crate) fn not_run(what: &str) {
+    let _ = writeln!(std::io::stderr(), "\nNOT RUN: {what}; install the package\n");
 }
