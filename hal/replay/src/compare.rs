@@ -45,11 +45,8 @@ pub(crate) fn compare(
     }
     let dtype = dtype.filter(|d| recorded.len().is_multiple_of(d.size())).unwrap_or(DType::U8);
     let elements = || recorded.chunks_exact(dtype.size()).zip(replayed.chunks_exact(dtype.size()));
-    let numbers = || {
-        elements().filter_map(|(a, b)| Some((number(dtype, a)?, number(dtype, b)?)))
-    };
-    let magnitude =
-        numbers().map(|(a, _)| a.abs()).filter(|a| a.is_finite()).fold(0.0, f64::max);
+    let numbers = || elements().filter_map(|(a, b)| Some((number(dtype, a)?, number(dtype, b)?)));
+    let magnitude = numbers().map(|(a, _)| a.abs()).filter(|a| a.is_finite()).fold(0.0, f64::max);
     let allowed = tolerance.map(|Tolerance(relative)| relative * magnitude);
     let differs = |a: &[u8], b: &[u8]| match (allowed, number(dtype, a), number(dtype, b)) {
         _ if a == b => false,
@@ -119,9 +116,8 @@ mod tests {
     fn floats_are_compared_relative_to_the_largest() {
         let recorded = f32s(&[100.0, 0.0, f32::NAN, f32::INFINITY, -1.0]);
         let close = f32s(&[100.05, 0.05, -f32::NAN, f32::INFINITY, -1.05]);
-        let with = |replayed: &[u8], t| {
-            compare(&recorded, replayed, Some(DType::F32), Tolerance::new(t))
-        };
+        let with =
+            |replayed: &[u8], t| compare(&recorded, replayed, Some(DType::F32), Tolerance::new(t));
         assert_eq!(with(&close, 1e-3), None);
         let mismatch = with(&close, 1e-4).unwrap();
         assert_eq!((mismatch.at, mismatch.differ, mismatch.of), (0, 3, 5));

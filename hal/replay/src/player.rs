@@ -319,9 +319,8 @@ impl Player<'_> {
                     return Err(Stop::Refused(format!("rank {rank} of {size}")));
                 }
                 let made = self.join(*die, *id, *rank, *size)?;
-                let rank = self
-                    .outcome(failed, made)
-                    .map(|communicator| Rank { communicator, die: *die });
+                let rank =
+                    self.outcome(failed, made).map(|communicator| Rank { communicator, die: *die });
                 self.communicators.insert(*communicator, rank);
             }
             Call::Leave { communicator } => {

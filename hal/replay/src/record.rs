@@ -356,3 +356,60 @@ impl Failed {
         matches!(self.kind, FailedKind::Lost | FailedKind::Failed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hal::op::RmsNorm;
+    use proptest::prelude::*;
+
+    fn view(strides: Option<Vec<u32>>) -> View {
+        View { buffer: 7, offset: 64, dtype: DType::Bf16, shape: vec![3, 5], strides }
+    }
+
+    #[test]
+    fn what_is_written_is_what_people_read() {
+        let op = RmsNorm {
+            x: view(Some(vec![8, 1])),
+            weight: view(None),
+            residual: None,
+            out: view(None),
+            eps: 0.25,
+        };
+        let json = serde_json::to_string(&Op::from(op)).unwrap();
+        let dense = r#"{"b":7,"o":64,"t":"bf16","s":[3,5]}"#;
+        let gaps = r#"{"b":7,"o":64,"t":"bf16","s":[3,5],"st":[8,1]}"#;
+        let expected = format!(
+            r#"{{"rms_norm":{{"x":{gaps},"weight":{dense},"residual":null,"out":{dense},"eps":0.25}}}}"#
+        );
+        assert_eq!(json, expected);
+    }
+
+    #[test]
+    fn descriptors_come_back_or_are_refused() {
+        assert_eq!(view(None).desc(), Ok(TensorDesc::new(DType::Bf16, &[3, 5])));
+        let columns = TensorDesc::new(DType::Bf16, &[3, 8]).columns(1, 5).1;
+        assert_eq!(view(Some(vec![8, 1])).desc(), Ok(columns));
+        for shape in [vec![], vec![1; 5], vec![u32::MAX; 4]] {
+            assert!(View { shape, ..view(None) }.desc().is_err());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn attributes_keep_every_bit(bits in any::<u32>()) {
+            let op = |eps| {
+                let (x, weight, out) = (view(None), view(None), view(None));
+                Op::from(RmsNorm { x, weight, residual: Some(view(None)), out, eps })
+            };
+            for bits in [bits, 0x7f80_0000, 0xff80_0000, 0x7fc0_0001, 0x8000_0000, 1] {
+                let json = serde_json::to_string(&op(f32::from_bits(bits))).unwrap();
+                let Op::RmsNorm(back) = serde_json::from_str::<Op<View>>(&json).unwrap() else {
+                    return Err(TestCaseError::fail("the kind changed"));
+                };
+                prop_assert_eq!(back.eps.to_bits(), bits);
+                prop_assert!(back.residual.is_some());
+            }
+        }
+    }
+}

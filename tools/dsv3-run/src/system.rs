@@ -1,8 +1,8 @@
 //! Backends by name.
 
 use crate::cli::{Backend, ModelArgs, RecordingArgs, Switch, SystemArgs};
-use ::replay::{Header, Recorder};
 use crate::output::bytes;
+use ::replay::{Header, Recorder};
 use anyhow::{Context, ensure};
 use hal::fault::FaultPlan;
 use hal::{Device, DeviceId, Topology, Validated};

@@ -6,7 +6,7 @@ use crate::file::Reader;
 use crate::record::{Failed, Span, View};
 use crate::recorder::hash_of;
 use crate::report::{Difference, Wrote};
-use hal::{Buffer, Operand, Timeline, TensorDesc};
+use hal::{Buffer, Operand, TensorDesc, Timeline};
 use std::io::{Read, Seek};
 use std::rc::Rc;
 use std::sync::Arc;

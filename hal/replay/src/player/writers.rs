@@ -70,8 +70,8 @@ impl Writers {
         let last = self.0.iter().rev().find(meets)?;
         let dtype = last.dtype?;
         let inside = last.range.start <= range.start && range.end <= last.range.end;
-        let aligned = (range.start - last.range.start.min(range.start))
-            .is_multiple_of(dtype.size() as u64);
+        let aligned =
+            (range.start - last.range.start.min(range.start)).is_multiple_of(dtype.size() as u64);
         (inside && aligned && last.gaps.is_none()).then_some(dtype)
     }
 }
@@ -89,6 +89,7 @@ mod tests {
             op: "write".into(),
             label: String::new(),
             operand: String::new(),
+            source: None,
         })
     }
 
@@ -105,7 +106,8 @@ mod tests {
         // Columns 1 and 2 of a matrix of 3 rows of 5 BF16: bytes 2..6, 12..16, 22..26.
         let (offset, columns) = TensorDesc::new(DType::Bf16, &[3, 5]).columns(1, 2);
         writers.view(offset, &columns, by(3));
-        let expected = [(1, 1), (2, 3), (5, 3), (6, 1), (11, 2), (12, 3), (15, 3), (16, 2), (25, 3)];
+        let expected =
+            [(1, 1), (2, 3), (5, 3), (6, 1), (11, 2), (12, 3), (15, 3), (16, 2), (25, 3)];
         for (byte, who) in expected {
             assert_eq!(record(&writers, byte), Some(who), "byte {byte}");
         }
