@@ -76,7 +76,7 @@ pub enum Problem {
     /// The file ends between frames, but before its end record.
     #[error(
         "the file ends before its end record: the recording process was killed, or is still \
-         running; what is there can be replayed by allowing unfinished recordings"
+         running"
     )]
     Unfinished,
     /// A checksum is wrong.

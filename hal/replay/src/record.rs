@@ -5,7 +5,11 @@
 //! were made. A record is JSON, so that a reader of another version, or a person, can make it out;
 //! the short keys are for the records that come by the hundred thousand.
 
-use hal::{CollectiveKind, DType, Error, Op, Operand, Reduction, Region, Tensor, TensorDesc};
+mod failed;
+
+pub use failed::{Failed, FailedKind, Origin};
+
+use hal::{CollectiveKind, DType, Op, Operand, Reduction, Region, Tensor, TensorDesc};
 use serde::{Deserialize, Serialize};
 
 /// One call and how it ended.
@@ -208,7 +212,7 @@ pub enum Definition {
     /// An op.
     Op {
         /// Kind, operands, attributes.
-        op: Op<View>,
+        op: Box<Op<View>>,
         /// Its label.
         label: String,
     },
@@ -287,87 +291,59 @@ impl Part {
     }
 }
 
-/// An error that a call returned.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Failed {
-    /// Its kind.
-    pub kind: FailedKind,
-    /// Its text.
-    pub text: String,
-    /// The die that it names, where it names one.
-    pub die: Option<u32>,
-    /// The command that failed, if it came along a stream.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub origin: Option<Origin>,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hal::op::RmsNorm;
+    use proptest::prelude::*;
 
-/// The variants of [`hal::Error`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum FailedKind {
-    /// [`hal::Error::Lost`], or a failure caused by it: which of the two is a matter of moments.
-    Lost,
-    /// [`hal::Error::OutOfMemory`]
-    OutOfMemory,
-    /// [`hal::Error::Timeout`]
-    Timeout,
-    /// [`hal::Error::Unsupported`]
-    Unsupported,
-    /// [`hal::Error::Failed`]
-    Failed,
-    /// [`hal::Error::Runtime`]
-    Runtime,
-    /// [`hal::Error::Usage`]
-    Usage,
-    /// One that this version does not know.
-    Other,
-}
-
-/// The command that failed first.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Origin {
-    /// Its die.
-    pub die: u32,
-    /// Its stream's number on the die.
-    pub stream: u32,
-    /// Its number on the stream.
-    pub sequence: u64,
-    /// What it was.
-    pub op: String,
-    /// Its label.
-    pub label: String,
-}
-
-impl From<&Error> for Failed {
-    fn from(error: &Error) -> Self {
-        let (kind, die) = match error {
-            Error::Lost { device, .. } => (FailedKind::Lost, Some(device)),
-            Error::OutOfMemory { device, .. } => (FailedKind::OutOfMemory, Some(device)),
-            Error::Timeout { .. } => (FailedKind::Timeout, None),
-            Error::Unsupported { device, .. } => (FailedKind::Unsupported, Some(device)),
-            Error::Failed(failure) => match failure.cause {
-                hal::Cause::Lost(_) => (FailedKind::Lost, Some(&failure.stream.device)),
-                _ => (FailedKind::Failed, Some(&failure.stream.device)),
-            },
-            Error::Runtime { device, .. } => (FailedKind::Runtime, Some(device)),
-            Error::Usage(usage) => (FailedKind::Usage, Some(&usage.device)),
-            _ => (FailedKind::Other, None),
-        };
-        let origin = error.origin().map(|failure| Origin {
-            die: failure.stream.device.0,
-            stream: failure.stream.index,
-            sequence: failure.sequence,
-            op: failure.op.to_string(),
-            label: failure.label.to_string(),
-        });
-        Failed { kind, text: error.to_string(), die: die.map(|d| d.0), origin }
+    fn view(strides: Option<Vec<u32>>) -> View {
+        View { buffer: 7, offset: 64, dtype: DType::Bf16, shape: vec![3, 5], strides }
     }
-}
 
-impl Failed {
-    /// Whether the error flows along streams, so that every later call on them returns it too.
-    pub fn flows(&self) -> bool {
-        matches!(self.kind, FailedKind::Lost | FailedKind::Failed)
+    #[test]
+    fn what_is_written_is_what_people_read() {
+        let op = RmsNorm {
+            x: view(Some(vec![8, 1])),
+            weight: view(None),
+            residual: None,
+            out: view(None),
+            eps: 0.25,
+        };
+        let json = serde_json::to_string(&Op::from(op)).unwrap();
+        let dense = r#"{"b":7,"o":64,"t":"bf16","s":[3,5]}"#;
+        let gaps = r#"{"b":7,"o":64,"t":"bf16","s":[3,5],"st":[8,1]}"#;
+        let expected = format!(
+            r#"{{"rms_norm":{{"x":{gaps},"weight":{dense},"residual":null,"out":{dense},"eps":0.25}}}}"#
+        );
+        assert_eq!(json, expected);
+    }
+
+    #[test]
+    fn descriptors_come_back_or_are_refused() {
+        assert_eq!(view(None).desc(), Ok(TensorDesc::new(DType::Bf16, &[3, 5])));
+        let columns = TensorDesc::new(DType::Bf16, &[3, 8]).columns(1, 5).1;
+        assert_eq!(view(Some(vec![8, 1])).desc(), Ok(columns));
+        for shape in [vec![], vec![1; 5], vec![u32::MAX; 4]] {
+            assert!(View { shape, ..view(None) }.desc().is_err());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn attributes_keep_every_bit(bits in any::<u32>()) {
+            let op = |eps| {
+                let (x, weight, out) = (view(None), view(None), view(None));
+                Op::from(RmsNorm { x, weight, residual: Some(view(None)), out, eps })
+            };
+            for bits in [bits, 0x7f80_0000, 0xff80_0000, 0x7fc0_0001, 0x8000_0000, 1] {
+                let json = serde_json::to_string(&op(f32::from_bits(bits))).unwrap();
+                let Op::RmsNorm(back) = serde_json::from_str::<Op<View>>(&json).unwrap() else {
+                    return Err(TestCaseError::fail("the kind changed"));
+                };
+                prop_assert_eq!(back.eps.to_bits(), bits);
+                prop_assert!(back.residual.is_some());
+            }
+        }
     }
 }

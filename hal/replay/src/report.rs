@@ -86,6 +86,8 @@ pub struct Wrote {
     pub label: String,
     /// The operand that is the memory.
     pub operand: String,
+    /// For a transfer, what last wrote the first byte that it took.
+    pub source: Option<Box<Wrote>>,
 }
 
 /// A failure, and on which sides it was seen.
@@ -115,12 +117,19 @@ pub enum Outcome {
 
 impl fmt::Display for Wrote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Wrote { record, die, stream, sequence, op, label, operand } = self;
+        let Wrote { record, die, stream, sequence, op, label, operand, source } = self;
+        write!(f, "{op} ")?;
+        if !label.is_empty() {
+            write!(f, "{label:?} ")?;
+        }
         write!(
             f,
-            "{op} {label:?} ({operand}; command {sequence} of stream {stream:?} on die {die}, \
-             record {record})"
-        )
+            "({operand}; command {sequence} of stream {stream:?} on die {die}, record {record})"
+        )?;
+        match source {
+            Some(source) => write!(f, " from memory last written by {source}"),
+            None => Ok(()),
+        }
     }
 }
 

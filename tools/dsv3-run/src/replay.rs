@@ -5,7 +5,7 @@ use crate::output::{bold, bytes, dim, seconds};
 use crate::system::Platform;
 use ::replay::file::Reader;
 use ::replay::record::Die;
-use ::replay::{Options, Outcome, Report};
+use ::replay::{Options, Outcome, Problem, Report};
 use anyhow::{Context, ensure};
 use hal::fault::FaultPlan;
 use hal::{Device, DeviceId, Validated};
@@ -33,6 +33,7 @@ pub(crate) fn run(args: &ReplayArgs) -> anyhow::Result<()> {
     if args.dump {
         let mut out = std::io::BufWriter::new(std::io::stdout().lock());
         ::replay::dump(&mut reader, args.unfinished, &mut out)
+            .map_err(|error| hint(error.into()))
             .with_context(|| format!("{name}"))?;
         return Ok(out.flush()?);
     }
@@ -46,6 +47,7 @@ pub(crate) fn run(args: &ReplayArgs) -> anyhow::Result<()> {
     };
     let began = Instant::now();
     let report = ::replay::replay(&mut reader, &mut |die| dies.open(die), &options)
+        .map_err(|error| hint(error.into()))
         .with_context(|| format!("{name}"))?;
     let mut out = std::io::stdout();
     if args.json {
@@ -61,6 +63,18 @@ pub(crate) fn run(args: &ReplayArgs) -> anyhow::Result<()> {
     }
     ensure!(report.is_equal(), Differs);
     Ok(())
+}
+
+/// Says what to do about a recording without an end.
+fn hint(error: anyhow::Error) -> anyhow::Error {
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<Problem>());
+    match causes.next() {
+        Some(Problem::Unfinished | Problem::Truncated) => {
+            let text = format!("{error}; --unfinished takes it as far as it goes");
+            error.context(text)
+        }
+        _ => error,
+    }
 }
 
 /// Dies by the numbers that the recording knows them by.
@@ -118,11 +132,9 @@ fn text(report: &Report, took: Duration) -> String {
             out.push('\n');
         }
     };
-    note(!report.recording_complete, "the recording has no end: its process was killed".into());
-    note(
-        report.recording_complete && !report.run_finished,
-        "the recorded run stopped early".into(),
-    );
+    let complete = report.recording_complete;
+    note(!complete, "the recording has no end: its process was killed, or it was cut off".into());
+    note(complete && !report.run_finished, "the recorded run stopped early".into());
     note(
         report.not_compared > 0,
         format!(
@@ -145,14 +157,12 @@ fn text(report: &Report, took: Duration) -> String {
     }
     let shown = report.differences.len() as u64;
     let more = report.different - shown;
-    note(report.different == 0, "no differences".into());
+    let compared = report.reads + report.hashes;
+    note(compared == 0, "no values were compared".into());
+    note(compared > 0 && report.different == 0, "all values are equal".into());
     note(
         report.different > 0,
-        bold(&format!(
-            "{} of {} comparisons differ",
-            report.different,
-            report.reads + report.hashes
-        )),
+        bold(&format!("{} of {compared} comparisons differ", report.different)),
     );
     for difference in &report.differences {
         note(true, format!("  {difference}"));

@@ -139,3 +139,58 @@ fn countable(op: &Op<TensorDesc>) -> Result<(), String> {
     }
     Err(format!("{} of {operations} operations and {bytes} bytes", op.kind().name()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hal::DType;
+    use hal::op::{AttentionWork, GroupedLinear, MlaDecode, Routing};
+
+    #[test]
+    fn hints_beyond_counting_are_refused() {
+        let d = |shape: &[usize]| TensorDesc::new(DType::Bf16, shape);
+        let i = |shape: &[usize]| TensorDesc::new(DType::I32, shape);
+        let decode = |pairs, keys| {
+            Op::from(MlaDecode {
+                q_latent: d(&[1, 16, 512]),
+                q_rope: d(&[1, 16, 64]),
+                cache: d(&[4, 64, 576]),
+                block_table: i(&[1, 4]),
+                q_starts: i(&[2]),
+                kv_lens: i(&[1]),
+                out: d(&[1, 16, 512]),
+                scale: 1.0,
+                work: AttentionWork { pairs, keys },
+            })
+        };
+        let grouped = |rows| {
+            Op::from(GroupedLinear {
+                x: d(&[4, 1 << 14]),
+                x_scales: None,
+                w: d(&[2, 1 << 14, 1 << 14]),
+                w_scales: None,
+                offsets: i(&[3]),
+                out: d(&[4, 1 << 14]),
+                grid: Default::default(),
+                routing: Routing { rows, active_experts: 2 },
+            })
+        };
+        for (op, allowed) in [
+            (decode(256, 256), true),
+            // A million tokens with all their keys, which no run exceeds.
+            (decode(1 << 40, 1 << 20), true),
+            (decode(u64::MAX, 256), false),
+            (decode(256, u64::MAX), false),
+            (decode(u64::MAX, u64::MAX), false),
+            (grouped(4), true),
+            (grouped(u32::MAX), false),
+        ] {
+            assert_eq!(hal::op::check(&op), Ok(()));
+            assert_eq!(countable(&op).is_ok(), allowed, "{op:?}");
+            if allowed {
+                // Counting it does not overflow.
+                assert!(hal::op::work(&op, None).matrix_ops > 0);
+            }
+        }
+    }
+}

@@ -41,10 +41,12 @@ impl Player<'_> {
                 let (handle, die) = self.stream(*stream)?;
                 let regions = (self.region(to)?, self.region(from)?);
                 copyable(&regions.0, &regions.1, die)?;
-                let dtype = self.memory(from.buffer)?.writers.dtype(&range(from));
+                let writers = &self.memory(from.buffer)?.writers;
+                let dtype = writers.dtype(&range(from));
+                let source = writers.of(from.offset).map(|by| Box::new((**by).clone()));
                 if self.issued(*stream, failed, handle.copy(&regions.0, &regions.1)) {
                     let by = self.wrote(*stream, "transfer", "", "dst");
-                    self.note(to, dtype, &by);
+                    self.note(to, dtype, &Rc::new(Wrote { source, ..(*by).clone() }));
                 }
             }
             Call::Fill { stream, to, byte } => {
@@ -80,6 +82,7 @@ impl Player<'_> {
                         op: "write_host".to_string(),
                         label: String::new(),
                         operand: "dst".to_string(),
+                        source: None,
                     };
                     self.note(to, None, &Rc::new(by));
                 }
@@ -195,6 +198,7 @@ impl Player<'_> {
             op: op.to_string(),
             label: label.to_string(),
             operand: operand.to_string(),
+            source: None,
         })
     }
 

@@ -89,6 +89,7 @@ mod tests {
             op: "write".into(),
             label: String::new(),
             operand: String::new(),
+            source: None,
         })
     }
 

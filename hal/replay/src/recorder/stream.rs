@@ -21,11 +21,11 @@ pub(super) struct RecordedStream {
     device: Arc<dyn Device>,
     number: u64,
     shared: Arc<Shared>,
-    /// Held by what submits. A read holds it until it returns, so that its record, which stands
-    /// there, is in its place on the stream.
+    /// Held by what submits. What may block holds it until it returns, so that its record, which
+    /// stands there, is in its place on the stream.
     turn: Mutex<()>,
-    /// The stream's value before the read that is going on.
-    reading: Mutex<Option<u64>>,
+    /// The stream's value before the blocking call that is going on.
+    before: Mutex<Option<u64>>,
 }
 
 fn nanos(timeout: Duration) -> u64 {
@@ -39,8 +39,23 @@ impl RecordedStream {
         number: u64,
         shared: Arc<Shared>,
     ) -> Self {
-        let (turn, reading) = (Mutex::default(), Mutex::default());
-        RecordedStream { inner, device, number, shared, turn, reading }
+        let (turn, before) = (Mutex::default(), Mutex::default());
+        RecordedStream { inner, device, number, shared, turn, before }
+    }
+
+    /// Makes a call that may block the host, and records it when it returns: not as one step, since
+    /// what it waits for may have to be submitted first, by another thread.
+    fn blocking<T>(
+        &self,
+        call: impl FnOnce() -> Result<T>,
+        describe: impl FnOnce(&mut super::Log, &Result<T>) -> Call,
+    ) -> Result<T> {
+        let _turn = self.turn.lock();
+        *self.before.lock() = Some(self.inner.point().value());
+        let result = call();
+        let result = self.shared.step(|| result, describe);
+        *self.before.lock() = None;
+        result
     }
 
     fn refuse(&self, problem: &str) -> Error {
@@ -145,37 +160,33 @@ impl Stream for RecordedStream {
 
     fn write(&self, dst: &Region, src: &[u8]) -> Result<()> {
         let (region, buffer) = self.shared.inner_region(dst)?;
-        let _turn = self.turn.lock();
+        let to = Span::of(&region, buffer);
         let write = || self.inner.write(&region, src);
-        self.shared.step(write, |log, _| Call::Write {
+        self.blocking(write, |log, _| Call::Write {
             stream: self.number,
-            to: Span::of(&region, buffer),
+            to,
             payload: log.payload(src),
         })
     }
 
     fn read(&self, src: &Region, dst: &mut [u8], timeout: Duration) -> Result<()> {
         let (region, buffer) = self.shared.inner_region(src)?;
-        let _turn = self.turn.lock();
-        *self.reading.lock() = Some(self.inner.point().value());
+        let from = Span::of(&region, buffer);
         self.shared.log.lock().flush();
-        // Not under the log's lock: what this waits for may have to be submitted first.
-        let result = self.inner.read(&region, dst, timeout);
-        {
-            let mut log = self.shared.log.lock();
-            if log.is_open() {
-                let values = result.is_ok() && self.device.properties().functional;
-                let payload = values.then(|| log.payload(dst));
-                let (from, timeout) = (Span::of(&region, buffer), nanos(timeout));
-                let call = Call::Read { stream: self.number, from, timeout, payload };
-                log.record(call, result.as_ref().err());
-            }
-        }
-        *self.reading.lock() = None;
-        if let (Some(probes), Ok(())) = (&self.shared.probes, &result) {
+        // Given in place, for the closure to hand `dst` on.
+        let result = self.blocking(
+            || self.inner.read(&region, dst, timeout).map(|()| &*dst),
+            |log, result| {
+                let values = self.device.properties().functional;
+                let read = result.as_ref().ok().filter(|_| values);
+                let payload = read.map(|bytes| log.payload(bytes));
+                Call::Read { stream: self.number, from, timeout: nanos(timeout), payload }
+            },
+        );
+        if let (Some(probes), Ok(_)) = (&self.shared.probes, &result) {
             probes.collect(&self.shared.log, self.number);
         }
-        result
+        result.map(drop)
     }
 
     fn copy(&self, dst: &Region, src: &Region) -> Result<()> {
@@ -207,7 +218,7 @@ impl Stream for RecordedStream {
         let _turn = self.turn.lock();
         let submit = || self.inner.submit(&inner);
         self.shared.step(submit, |log, _| {
-            let what = Definition::Op { op: views, label: command.label.to_string() };
+            let what = Definition::Op { op: Box::new(views), label: command.label.to_string() };
             Call::Submit { stream: self.number, command: log.define(what) }
         })?;
         if self.shared.probes.is_some() {
@@ -266,8 +277,8 @@ impl Stream for RecordedStream {
     }
 
     fn point(&self) -> Point {
-        // A read that is going on is not recorded yet, so nothing can be recorded as waiting for it.
-        let before = *self.reading.lock();
+        // What is going on is not recorded yet, so nothing can be recorded as waiting for it.
+        let before = *self.before.lock();
         let point = self.inner.point();
         let value = before.map_or(point.value(), |before| before.min(point.value()));
         let inner = point.timeline().clone();
