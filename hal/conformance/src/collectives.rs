@@ -54,6 +54,8 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
         Case::new("collectives/order/two_communicators", two_communicators).dies(4).needs(&values),
         Case::new("collectives/order/with_other_commands", with_commands).dies(4).needs(&values),
         Case::new("collectives/order/ranks_submit_in_any_order", any_order).dies(4).needs(&values),
+        Case::new("collectives/order/arrival_does_not_matter", arrival).dies(4).needs(&values),
+        Case::new("collectives/join/ranks_on_any_die", any_die).dies(4).needs(&values),
         Case::new("collectives/order/one_die_per_thread", thread_per_rank).dies(8).needs(&values),
         Case::new("collectives/join/rank_taken", rank_taken).dies(2),
         Case::new("collectives/join/size_differs", size_differs).dies(2),
@@ -282,6 +284,10 @@ fn all_gather(lab: &Lab, s: &Setting) -> Verdict {
     Ok(())
 }
 
+/// Elements of room beyond what an all-to-all tells of, and their bytes.
+const SPARE: usize = 3;
+const SPARE_BYTE: u8 = 0x3c;
+
 fn exchange(lab: &Lab, s: &Setting, count: impl Fn(usize, usize) -> usize, told: bool) -> Verdict {
     let ranks = join(lab, s.ranks)?;
     let size = s.dtype.size();
@@ -293,7 +299,9 @@ fn exchange(lab: &Lab, s: &Setting, count: impl Fn(usize, usize) -> usize, told:
         let send: Vec<u8> = (0..s.ranks).flat_map(|to| message(r, to)).collect();
         let sums = |f: &dyn Fn(usize) -> usize| (0..s.ranks).map(f).collect::<Vec<_>>();
         let (out, into) = (sums(&|to| count(r, to)), sums(&|from| count(from, r)));
-        let room = vec![0; into.iter().sum::<usize>() * size];
+        // More room than is told of, which stays as it is.
+        let more = if told { SPARE } else { 0 };
+        let room = vec![SPARE_BYTE; (into.iter().sum::<usize>() + more) * size];
         let recv = rank.place(s.dtype, &room)?;
         let counts = told.then(|| Arc::new(PeerCounts { send: out, recv: into }));
         let send = rank.place(s.dtype, &send)?;
@@ -301,7 +309,11 @@ fn exchange(lab: &Lab, s: &Setting, count: impl Fn(usize, usize) -> usize, told:
         outputs.push(recv);
     }
     for (rank, recv) in ranks.iter().zip(&outputs) {
-        let expected: Vec<u8> = (0..s.ranks).flat_map(|from| message(from, rank.number)).collect();
+        let mut expected: Vec<u8> =
+            (0..s.ranks).flat_map(|from| message(from, rank.number)).collect();
+        if told {
+            expected.extend([SPARE_BYTE; SPARE].iter().flat_map(|&b| vec![b; size]));
+        }
         ensure(rank.take(recv)? == expected, || format!("rank {} got others' parts", rank.number))?;
     }
     Ok(())
@@ -463,6 +475,69 @@ fn any_order(lab: &Lab) -> Verdict {
         for (rank, x) in ranks.iter().zip(&x) {
             equal("the sum", value(rank, x)?, 6.0)?;
         }
+    }
+    Ok(())
+}
+
+/// Sums have the bits of ascending ranks, and parts lie in the order of ranks, whoever comes first.
+fn arrival(lab: &Lab) -> Verdict {
+    let ranks = join(lab, 4)?;
+    let inputs: Vec<_> = (0..4).map(|r| elements(DType::F32, 33, r + 1)).collect();
+    let parts: Vec<&[u8]> = inputs.iter().map(Vec::as_slice).collect();
+    let total = combine(DType::F32, &parts, Reduction::Sum);
+    for order in [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]] {
+        let mut outputs = vec![None; 4];
+        for r in order {
+            let rank = &ranks[r];
+            let send = rank.place(DType::F32, &inputs[r])?;
+            let sum = rank.place(DType::F32, &vec![0; inputs[r].len()])?;
+            let all = rank.place(DType::F32, &vec![0; inputs.concat().len()])?;
+            rank.submit(&[
+                Collective::AllReduce {
+                    send: send.clone(),
+                    recv: sum.clone(),
+                    reduction: Reduction::Sum,
+                },
+                Collective::AllGather { send, recv: all.clone() },
+            ])?;
+            if r != order[3] {
+                // Surely there before the next one.
+                let error = refused("waiting alone", rank.stream.synchronize(BRIEFLY))?;
+                is(&error, "Timeout", timeout)?;
+            }
+            outputs[r] = Some((sum, all));
+        }
+        for (rank, output) in ranks.iter().zip(&outputs) {
+            let (sum, all) = output.as_ref().ok_or("a rank did not submit")?;
+            ensure(rank.take(sum)? == total, || format!("sum of rank {}: {order:?}", rank.number))?;
+            ensure(rank.take(all)? == inputs.concat(), || {
+                format!("parts of rank {}: {order:?}", rank.number)
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// A rank is what it joined as, not the number of its die.
+fn any_die(lab: &Lab) -> Verdict {
+    let id = lab.die(0).communicator_id()?;
+    let dies = [2, 0, 3, 1];
+    let mut ranks = Vec::new();
+    for (number, die) in dies.into_iter().enumerate() {
+        let communicator = lab.die(die).communicator(id, number, 4)?;
+        equal("die", communicator.device(), lab.die(die).properties().id)?;
+        ranks.push(Rank { number, stream: lab.stream(die)?, communicator });
+    }
+    let mut outputs = Vec::new();
+    for rank in &ranks {
+        let send = rank.place(DType::I32, &(rank.number as i32).to_le_bytes())?;
+        let recv = rank.place(DType::I32, &[0; 16])?;
+        rank.submit(&[Collective::AllGather { send, recv: recv.clone() }])?;
+        outputs.push(recv);
+    }
+    let expected: Vec<u8> = (0..4i32).flat_map(i32::to_le_bytes).collect();
+    for (rank, recv) in ranks.iter().zip(&outputs) {
+        equal("the gathered", rank.take(recv)?, expected.clone())?;
     }
     Ok(())
 }

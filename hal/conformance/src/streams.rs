@@ -169,6 +169,11 @@ fn diamond(lab: &Lab) -> Verdict {
 fn transitive(lab: &Lab) -> Verdict {
     let (a, b, c) = (lab.stream(0)?, lab.stream(0)?, lab.stream(0)?);
     let (x, one) = (floats(&*a, &[0.0; 1 << 12])?, floats(&*a, &[1.0; 1 << 12])?);
+    // Work in front, so that the others really have to wait.
+    let front = a.alloc(8 << 20)?;
+    for i in 0..10 {
+        a.fill(&front.whole(), i)?;
+    }
     for _ in 0..100 {
         bump(&*a, &x, &one)?;
     }
