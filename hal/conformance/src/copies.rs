@@ -48,7 +48,7 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
         );
     }
     all.extend([
-        Case::new("copies/refused/sizes_that_differ", sizes_differ),
+        Case::new("copies/refused/sizes_that_differ", sizes_differ).needs(&[Feature::Values]),
         Case::new("copies/refused/overlap", overlap),
         Case::new("copies/refused/neither_side_is_here", elsewhere).dies(3),
         Case::new("copies/beside_each_other", beside).needs(&[Feature::Values]),
