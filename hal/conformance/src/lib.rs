@@ -23,6 +23,7 @@ pub mod op;
 mod ops;
 mod run;
 mod streams;
+mod stuck;
 mod support;
 
 pub use backend::{Backend, Exclusion, Feature};

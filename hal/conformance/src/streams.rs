@@ -7,6 +7,7 @@ mod timeout;
 use crate::backend::Feature;
 use crate::lab::{Lab, SOON, Verdict, add, ensure, equal, floats, read, values};
 use crate::run::Case;
+use crate::stuck::Stuck;
 use hal::{Point, Stream, Tensor};
 
 pub(crate) fn add_cases(all: &mut Vec<Case>) {
@@ -21,6 +22,7 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
         Case::new("streams/wait/other_die", |lab| ping_pong(lab, 0, 1)).needs(&values).dies(2),
         Case::new("streams/wait/diamond", diamond).needs(&values),
         Case::new("streams/wait/transitive", transitive).needs(&values),
+        Case::new("streams/wait/until_it_is_done", until_done).needs(&values).dies(2).alone(),
         Case::new("streams/wait/already_passed", already_passed).needs(&values),
         Case::new("streams/wait/itself", itself),
         Case::new("streams/wait/past_value", past_value).needs(&values),
@@ -154,6 +156,22 @@ fn transitive(lab: &Lab) -> Verdict {
     c.wait(&b.point())?;
     // Nothing but a's order through b makes this right.
     equal("x", values(&*c, &x)?[4095], 100.0)
+}
+
+/// Streams that surely wait, directly and through each other, before what they wait for is done.
+fn until_done(lab: &Lab) -> Verdict {
+    let stuck = Stuck::new(lab)?;
+    let (near, far) = (lab.stream(0)?, lab.stream(0)?);
+    near.wait(&stuck.stream.point())?;
+    far.wait(&near.point())?;
+    let copy = floats(&*far, &[0.0; 8])?;
+    far.copy(&copy.region(), &stuck.x.region())?;
+    stuck.holds_up(&*near)?;
+    stuck.holds_up(&*far)?;
+    stuck.release()?;
+    equal("the sum", values(&*far, &copy)?, vec![3.0; 8])?;
+    near.synchronize(SOON)?;
+    Ok(())
 }
 
 fn already_passed(lab: &Lab) -> Verdict {
