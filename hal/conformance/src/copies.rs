@@ -127,12 +127,19 @@ fn pageable(lab: &Lab, size: usize) -> Verdict {
     let front = stream.alloc(8 << 20)?;
     let mut expected = around;
     // Backends may write at once where nothing is in front, and must not where something is.
-    for (busy, at) in [(true, GUARD), (false, GUARD - 1)] {
-        match busy {
-            true => stream.fill(&front.whole(), 1)?,
-            false => stream.synchronize(SOON)?,
-        }
-        stream.write(&buffer.region(at as u64, size as u64)?, &data)?;
+    for (busy, at) in [(true, GUARD), (false, GUARD + 3)] {
+        let writer = match busy {
+            true => {
+                stream.fill(&front.whole(), 1)?;
+                stream.clone()
+            }
+            false => {
+                stream.synchronize(SOON)?;
+                lab.stream(0)?
+            }
+        };
+        writer.write(&buffer.region(at as u64, size as u64)?, &data)?;
+        stream.wait(&writer.point())?;
         expected[at..at + size].copy_from_slice(&data);
         ensure(read(&*stream, &buffer.whole())? == expected, || {
             format!("the write to {at} missed; commands in front: {busy}")
