@@ -5,6 +5,7 @@ use crate::lab::{
     Lab, SOON, Verdict, add, ensure, equal, failed, floats, is, refused, usage, values,
 };
 use crate::run::Case;
+use crate::stuck::Stuck;
 use hal::fault::FaultPlan;
 use hal::{Cause, Device, Error, Stream, Tensor, TensorDesc};
 use std::sync::Arc;
@@ -17,8 +18,8 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
     case("names_its_command", 1, names_its_command);
     case("first_one_stays", 1, first_one_stays);
     case("flows_to_a_waiting_stream", 1, |lab| flows(lab, &[0, 0]));
-    case("flows_to_one_that_waits_already", 1, flows_to_waiting);
-    case("flows_to_a_host_that_waits_already", 1, flows_to_host);
+    case("flows_to_one_that_waits_already", 2, flows_to_waiting);
+    case("flows_to_a_host_that_waits_already", 2, flows_to_host);
     case("first_one_outlives_the_die", 1, outlives_die);
     case("flows_through_a_chain", 1, |lab| flows(lab, &[0, 0, 0, 0]));
     case("flows_to_another_die", 2, |lab| flows(lab, &[0, 1]));
@@ -129,17 +130,12 @@ fn flows(lab: &Lab, dies: &[usize]) -> Verdict {
     Ok(())
 }
 
-/// Work that takes a while, then the command that fails: what is submitted next waits for it.
-fn fails_late(lab: &Lab) -> Verdict<(Arc<dyn Stream>, u64)> {
-    let stream = lab.stream(0)?;
-    let x = floats(&*stream, &[1.0; 4])?;
-    let front = stream.alloc(8 << 20)?;
-    for i in 0..20 {
-        stream.fill(&front.whole(), i)?;
-    }
-    stream.submit(&add(&x, &x, &x).label("bad add"))?;
-    let sequence = stream.point().value();
-    Ok((stream, sequence))
+/// A command that will fail once a stuck one in front of it is released.
+fn fails_late(lab: &Lab) -> Verdict<(Stuck, u64)> {
+    let stuck = Stuck::new(lab)?;
+    stuck.stream.submit(&add(&stuck.x, &stuck.x, &stuck.x).label("bad add"))?;
+    let sequence = stuck.stream.point().value();
+    Ok((stuck, sequence))
 }
 
 fn flows_to_waiting(lab: &Lab) -> Verdict {
@@ -147,10 +143,12 @@ fn flows_to_waiting(lab: &Lab) -> Verdict {
     let waiters = (0..4).map(|_| lab.stream(0)).collect::<Verdict<Vec<_>>>()?;
     let (bad, sequence) = fails_late(lab)?;
     for stream in &waiters {
-        stream.wait(&bad.point())?;
+        stream.wait(&bad.stream.point())?;
     }
+    waiters.iter().try_for_each(|stream| bad.holds_up(&**stream))?;
+    bad.release()?;
     for stream in &waiters {
-        check_origin(&refused("waiting", stream.synchronize(SOON))?, &*bad, sequence)?;
+        check_origin(&refused("waiting", stream.synchronize(SOON))?, &*bad.stream, sequence)?;
     }
     Ok(())
 }
@@ -158,10 +156,14 @@ fn flows_to_waiting(lab: &Lab) -> Verdict {
 fn flows_to_host(lab: &Lab) -> Verdict {
     rules(lab, &[FAIL])?;
     let (bad, sequence) = fails_late(lab)?;
-    let failed = bad.point();
-    let wait = || check_origin(&refused("waiting", failed.synchronize(SOON))?, &*bad, sequence);
+    let failed = bad.stream.point();
+    let wait =
+        || check_origin(&refused("waiting", failed.synchronize(SOON))?, &*bad.stream, sequence);
     std::thread::scope(|scope| {
         let threads = [scope.spawn(wait), scope.spawn(wait)];
+        // They have long begun to wait when this has run out of time.
+        bad.holds_up(&*bad.stream)?;
+        bad.release()?;
         threads.into_iter().try_for_each(|thread| match thread.join() {
             Ok(verdict) => verdict,
             Err(_) => Err("a waiting thread panicked".into()),

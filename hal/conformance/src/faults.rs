@@ -28,6 +28,8 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
     case("lose/memory_can_be_dropped", 1, lose_memory);
     case("collective/rank_fails", 4, |lab| collective(lab, "fail:flaky link"));
     case("collective/die_lost_in_the_middle", 4, |lab| collective(lab, "lose"));
+    case("collective/partner_of_a_send_fails", 2, |lab| partner_fails(lab, true));
+    case("collective/partner_of_a_receive_fails", 2, |lab| partner_fails(lab, false));
     case("collective/rank_hangs", 4, collective_hangs);
     case("collective/stream_fails_before_it", 4, |lab| stream_fails_before(lab, false));
     case("collective/stream_has_failed_before_it", 4, |lab| stream_fails_before(lab, true));
@@ -303,6 +305,23 @@ fn collective(lab: &Lab, action: &str) -> Verdict {
             e.origin().is_some_and(|o| o.op == "all_reduce" && o.stream.device.0 == 2)
         }),
     }
+}
+
+/// A rank whose peer fails before it can send or receive is released.
+fn partner_fails(lab: &Lab, sends: bool) -> Verdict {
+    let ranks = join(lab, 2)?;
+    let send = Collective::Send { tensor: ranks[0].x.clone(), peer: 1 };
+    let receive = Collective::Recv { tensor: ranks[1].x.clone(), peer: 0 };
+    let (waits, fails, mine, theirs) = match sends {
+        true => (&ranks[0], &ranks[1], send, receive),
+        false => (&ranks[1], &ranks[0], receive, send),
+    };
+    let kind = theirs.kind().name();
+    rules(lab, &[&format!("op={kind},action=fail:flaky link")])?;
+    waits.stream.submit_collectives(&waits.communicator, &[mine], &"waits".into())?;
+    is(&refused("waiting", waits.stream.synchronize(BRIEFLY))?, "Timeout", timeout)?;
+    fails.stream.submit_collectives(&fails.communicator, &[theirs], &"fails".into())?;
+    all_released(&ranks, |e| e.origin().is_some_and(|o| o.label.as_str() == "fails"))
 }
 
 fn collective_hangs(lab: &Lab) -> Verdict {

@@ -12,7 +12,6 @@
 //!
 //! Speed, and that values agree to the bit between two backends: tolerances are those of rounding.
 
-mod all_to_all_v;
 mod backend;
 mod collectives;
 mod copies;
@@ -24,6 +23,7 @@ pub mod op;
 mod ops;
 mod run;
 mod streams;
+mod stuck;
 mod support;
 
 pub use backend::{Backend, Exclusion, Feature};
@@ -39,7 +39,6 @@ pub fn cases() -> Vec<Case> {
     copies::add_cases(&mut all);
     ops::add_cases(&mut all);
     support::add_cases(&mut all);
-    all_to_all_v::add_cases(&mut all);
     collectives::add_cases(&mut all);
     errors::add_cases(&mut all);
     faults::add_cases(&mut all);

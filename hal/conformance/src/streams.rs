@@ -1,17 +1,14 @@
 //! Streams: order, waits, timelines, time.
 
+mod clock;
+mod hazard;
+mod timeout;
+
 use crate::backend::Feature;
-use crate::lab::{
-    BRIEFLY, Lab, SOON, Verdict, add, ensure, equal, floats, is, read, refused, timeout, upload,
-    usage, values,
-};
+use crate::lab::{Lab, SOON, Verdict, add, ensure, equal, floats, read, values};
 use crate::run::Case;
-use hal::trace::{CommandKind, Span, TraceSink};
-use hal::{
-    Collective, Communicator, DType, Error, OpKind, Point, Reduction, Stream, Tensor, Validated,
-};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use crate::stuck::Stuck;
+use hal::{Point, Stream, Tensor};
 
 pub(crate) fn add_cases(all: &mut Vec<Case>) {
     let values = [Feature::Values];
@@ -25,6 +22,7 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
         Case::new("streams/wait/other_die", |lab| ping_pong(lab, 0, 1)).needs(&values).dies(2),
         Case::new("streams/wait/diamond", diamond).needs(&values),
         Case::new("streams/wait/transitive", transitive).needs(&values),
+        Case::new("streams/wait/until_it_is_done", until_done).needs(&values).dies(2).alone(),
         Case::new("streams/wait/already_passed", already_passed).needs(&values),
         Case::new("streams/wait/itself", itself),
         Case::new("streams/wait/past_value", past_value).needs(&values),
@@ -32,39 +30,16 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
         Case::new("streams/wait/both_ways", both_ways).needs(&values),
         Case::new("streams/many", many).needs(&values),
         Case::new("streams/fan_out_and_in", fan).needs(&values),
-        Case::new("streams/timeout/names_what_is_pending", times_out).dies(2).alone(),
-        Case::new("streams/timeout/of_zero", no_time).dies(2).alone(),
-        Case::new("streams/timeout/poisons_nothing", times_out_and_goes_on)
-            .needs(&values)
-            .dies(2)
-            .alone(),
-        Case::new("streams/timeout/other_streams_go_on", others_beside_a_timeout).dies(2).alone(),
         Case::new("streams/many_dies", many_dies).needs(&values).dies(8),
         Case::new("streams/from_many_threads", threads).needs(&values),
         Case::new("streams/timeline/counts_up", counts_up),
         Case::new("streams/timeline/reached_after_waiting", reached),
         Case::new("streams/timeline/outlives_the_stream", outlives),
         Case::new("streams/timeline/no_failure_while_well", well),
-        Case::new("streams/hazard/unordered_write_is_refused", |lab| hazard(lab, true))
-            .needs(&[Feature::Hazards]),
-        Case::new("streams/hazard/unordered_read_is_refused", |lab| hazard(lab, false))
-            .needs(&[Feature::Hazards]),
-        Case::new("streams/hazard/unordered_write_after_read_is_refused", write_after_read)
-            .needs(&[Feature::Hazards]),
-        Case::new("streams/hazard/parts_that_do_not_meet_are_free", parts)
-            .needs(&[Feature::Hazards]),
-        Case::new("streams/hazard/the_wrapper_refuses", wrapper_hazard),
-        Case::new("streams/hazard/the_wrapper_finds_unwritten_memory", wrapper_unwritten),
-        Case::new("streams/clock/completion_times_ascend", completion).needs(&[Feature::Clock]),
-        Case::new("streams/clock/waits_carry_time", waits_carry_time).needs(&[Feature::Clock]),
-        Case::new("streams/clock/same_program_same_time", same_time)
-            .needs(&[Feature::Clock])
-            .alone(),
-        Case::new("streams/trace/every_command_in_order", trace).needs(&[Feature::Clock]).alone(),
-        Case::new("streams/trace/ends_when_taken_away", trace_ends)
-            .needs(&[Feature::Clock])
-            .alone(),
     ]);
+    timeout::add_cases(all);
+    hazard::add_cases(all);
+    clock::add_cases(all);
 }
 
 fn identity(lab: &Lab) -> Verdict {
@@ -169,6 +144,11 @@ fn diamond(lab: &Lab) -> Verdict {
 fn transitive(lab: &Lab) -> Verdict {
     let (a, b, c) = (lab.stream(0)?, lab.stream(0)?, lab.stream(0)?);
     let (x, one) = (floats(&*a, &[0.0; 1 << 12])?, floats(&*a, &[1.0; 1 << 12])?);
+    // Work in front, so that the others really have to wait.
+    let front = a.alloc(8 << 20)?;
+    for i in 0..10 {
+        a.fill(&front.whole(), i)?;
+    }
     for _ in 0..100 {
         bump(&*a, &x, &one)?;
     }
@@ -176,6 +156,22 @@ fn transitive(lab: &Lab) -> Verdict {
     c.wait(&b.point())?;
     // Nothing but a's order through b makes this right.
     equal("x", values(&*c, &x)?[4095], 100.0)
+}
+
+/// Streams that surely wait, directly and through each other, before what they wait for is done.
+fn until_done(lab: &Lab) -> Verdict {
+    let stuck = Stuck::new(lab)?;
+    let (near, far) = (lab.stream(0)?, lab.stream(0)?);
+    near.wait(&stuck.stream.point())?;
+    far.wait(&near.point())?;
+    let copy = floats(&*far, &[0.0; 8])?;
+    far.copy(&copy.region(), &stuck.x.region())?;
+    stuck.holds_up(&*near)?;
+    stuck.holds_up(&*far)?;
+    stuck.release()?;
+    equal("the sum", values(&*far, &copy)?, vec![3.0; 8])?;
+    near.synchronize(SOON)?;
+    Ok(())
 }
 
 fn already_passed(lab: &Lab) -> Verdict {
@@ -339,140 +335,6 @@ fn well(lab: &Lab) -> Verdict {
     }
 }
 
-fn hazard(lab: &Lab, write: bool) -> Verdict {
-    let (a, b) = (lab.stream(0)?, lab.stream(0)?);
-    let (x, y) = (floats(&*a, &[1.0; 8])?, floats(&*b, &[1.0; 8])?);
-    let before = b.point().value();
-    let op = if write { add(&y, &y, &x) } else { add(&x, &y, &y) };
-    let error = refused("an access that nothing orders", b.submit(&op.clone().into()))?;
-    is(&error, "Usage", usage)?;
-    equal("commands submitted", b.point().value(), before)?;
-    // With the order it goes, and the refusal has left no trace.
-    b.wait(&a.point())?;
-    b.submit(&op.into())?;
-    a.wait(&b.point())?;
-    bump(&*a, &x, &x)?;
-    a.synchronize(SOON)?;
-    Ok(())
-}
-
-fn write_after_read(lab: &Lab) -> Verdict {
-    let (a, b) = (lab.stream(0)?, lab.stream(0)?);
-    let (x, sum) = (floats(&*a, &[1.0; 8])?, floats(&*a, &[0.0; 8])?);
-    // Everybody knows that x is written; only a knows that it is being read.
-    b.wait(&a.point())?;
-    a.submit(&add(&x, &x, &sum).into())?;
-    let before = b.point().value();
-    is(&refused("a write that nothing orders", b.fill(&x.region(), 0))?, "Usage", usage)?;
-    equal("commands submitted", b.point().value(), before)?;
-    // Reading beside it is no hazard.
-    b.submit(&add(&x, &x, &floats(&*b, &[0.0; 8])?).into())?;
-    b.wait(&a.point())?;
-    b.fill(&x.region(), 0)?;
-    b.synchronize(SOON)?;
-    Ok(())
-}
-
-fn parts(lab: &Lab) -> Verdict {
-    let (a, b) = (lab.stream(0)?, lab.stream(0)?);
-    let buffer = a.alloc(100)?;
-    b.wait(&a.point())?;
-    a.fill(&buffer.region(0, 50)?, 1)?;
-    b.fill(&buffer.region(50, 50)?, 2)?;
-    is(&refused("one byte too far", b.fill(&buffer.region(49, 1)?, 3))?, "Usage", usage)?;
-    a.synchronize(SOON)?;
-    b.synchronize(SOON)?;
-    // The host has seen both: nothing is unordered any more.
-    b.fill(&buffer.whole(), 4)?;
-    b.synchronize(SOON)?;
-    Ok(())
-}
-
-/// A stream that waits for a rank of a group that has not come, and that rank.
-struct Stuck {
-    stream: Arc<dyn Stream>,
-    x: Tensor,
-    late: (Arc<dyn Stream>, Arc<dyn Communicator>, Tensor),
-}
-
-fn sum(stream: &dyn Stream, rank: &Arc<dyn Communicator>, x: &Tensor) -> Verdict {
-    let (send, recv) = (x.clone(), x.clone());
-    let batch = [Collective::AllReduce { send, recv, reduction: Reduction::Sum }];
-    Ok(stream.submit_collectives(rank, &batch, &"late sum".into())?)
-}
-
-/// The one way to have a command that does not end on any backend: a rank that is missing.
-fn stuck(lab: &Lab) -> Verdict<Stuck> {
-    let id = lab.die(0).communicator_id()?;
-    let (here, there) = (lab.die(0).communicator(id, 0, 2)?, lab.die(1).communicator(id, 1, 2)?);
-    let (stream, late) = (lab.stream(0)?, lab.stream(1)?);
-    let (x, y) = (floats(&*stream, &[1.0; 8])?, floats(&*late, &[2.0; 8])?);
-    stream.synchronize(SOON)?;
-    late.synchronize(SOON)?;
-    sum(&*stream, &here, &x)?;
-    Ok(Stuck { stream, x, late: (late, there, y) })
-}
-
-impl Stuck {
-    /// The missing rank comes.
-    fn release(&self) -> Verdict {
-        let (stream, rank, y) = &self.late;
-        sum(&**stream, rank, y)?;
-        stream.synchronize(SOON)?;
-        Ok(self.stream.synchronize(SOON)?)
-    }
-}
-
-fn times_out(lab: &Lab) -> Verdict {
-    let stuck = stuck(lab)?;
-    match refused("waiting", stuck.stream.synchronize(BRIEFLY))? {
-        Error::Timeout { waiting_for, after, pending } => {
-            equal("how long was waited", after, BRIEFLY)?;
-            ensure(!waiting_for.is_empty(), || "it does not say what was waited for".into())?;
-            ensure(pending.contains("all_reduce") && pending.contains("late sum"), || {
-                format!("it does not name the all_reduce and its label: {pending}")
-            })?;
-        }
-        other => return Err(format!("expected Timeout, got: {other}").into()),
-    }
-    stuck.release()
-}
-
-fn no_time(lab: &Lab) -> Verdict {
-    let stuck = stuck(lab)?;
-    let error = refused("waiting for no time", stuck.stream.synchronize(Duration::ZERO))?;
-    is(&error, "Timeout", timeout)?;
-    stuck.release()?;
-    // What is done needs no time.
-    stuck.stream.synchronize(Duration::ZERO)?;
-    Ok(())
-}
-
-fn times_out_and_goes_on(lab: &Lab) -> Verdict {
-    let stuck = stuck(lab)?;
-    bump(&*stuck.stream, &stuck.x, &stuck.x)?;
-    for _ in 0..2 {
-        is(&refused("waiting", stuck.stream.synchronize(BRIEFLY))?, "Timeout", timeout)?;
-    }
-    ensure(stuck.stream.point().timeline().failure().is_none(), || "it is poisoned".into())?;
-    stuck.release()?;
-    equal("twice the sum", values(&*stuck.stream, &stuck.x)?, vec![6.0; 8])
-}
-
-fn others_beside_a_timeout(lab: &Lab) -> Verdict {
-    let stuck = stuck(lab)?;
-    let waits = lab.stream(0)?;
-    waits.wait(&stuck.stream.point())?;
-    is(&refused("waiting for the waiter", waits.synchronize(BRIEFLY))?, "Timeout", timeout)?;
-    let free = lab.stream(0)?;
-    let buffer = free.alloc(64)?;
-    free.fill(&buffer.whole(), 1)?;
-    free.synchronize(SOON)?;
-    stuck.release()?;
-    waits.synchronize(SOON)?;
-    Ok(())
-}
-
 /// One stream feeds many, and one waits for all of them.
 fn fan(lab: &Lab) -> Verdict {
     let (first, last) = (lab.stream(0)?, lab.stream(0)?);
@@ -491,158 +353,4 @@ fn fan(lab: &Lab) -> Verdict {
         bump(&*last, &total, x)?;
     }
     equal("the sum of all", values(&*last, &total)?[63], (0..48).sum::<i32>() as f32 + 48.0)
-}
-
-fn wrapper_hazard(lab: &Lab) -> Verdict {
-    let validated = Validated::wrap(lab.die(0).clone());
-    let a = hal::Device::stream(&*validated, "a")?;
-    let b = hal::Device::stream(&*validated, "b")?;
-    let x = floats(&*a, &[1.0; 8])?;
-    let error = refused("a read that nothing orders", b.submit(&add(&x, &x, &x).into()))?;
-    is(&error, "Usage", usage)?;
-    b.wait(&a.point())?;
-    b.submit(&add(&x, &x, &x).into())?;
-    b.synchronize(SOON)?;
-    Ok(())
-}
-
-fn wrapper_unwritten(lab: &Lab) -> Verdict {
-    let validated = Validated::wrap(lab.die(0).clone());
-    let stream = hal::Device::stream(&*validated, "s")?;
-    let x = stream.alloc_tensor(DType::F32, &[8])?;
-    let error =
-        refused("reading memory that nothing wrote", stream.submit(&add(&x, &x, &x).into()))?;
-    is(&error, "Usage", usage)?;
-    stream.fill(&x.region(), 0)?;
-    stream.submit(&add(&x, &x, &x).into())?;
-    stream.synchronize(SOON)?;
-    Ok(())
-}
-
-/// When a point passed, on the device's clock.
-fn at(point: &Point) -> Verdict<u64> {
-    let clock = point.completed_at().ok_or("no completion time")?;
-    Ok(clock.picos)
-}
-
-fn completion(lab: &Lab) -> Verdict {
-    let stream = lab.stream(0)?;
-    let buffer = stream.alloc(1 << 16)?;
-    let mut points = Vec::new();
-    for i in 0..40 {
-        stream.fill(&buffer.whole(), i)?;
-        points.push(stream.point());
-    }
-    stream.synchronize(SOON)?;
-    let times = points.iter().map(at).collect::<Verdict<Vec<_>>>()?;
-    ensure(times.windows(2).all(|t| t[0] < t[1]), || format!("times do not ascend: {times:?}"))?;
-    let clock = points[0].completed_at().map(|t| t.clock);
-    equal("the clock", clock, lab.die(0).properties().clock)?;
-    stream.fill(&buffer.whole(), 0)?;
-    let pending = Point::new(points[0].timeline().clone(), stream.point().value() + 10);
-    ensure(pending.completed_at().is_none(), || "a command that never was has completed".into())
-}
-
-fn waits_carry_time(lab: &Lab) -> Verdict {
-    let (a, b) = (lab.stream(0)?, lab.stream(0)?);
-    let large = a.alloc(8 << 20)?;
-    for i in 0..10 {
-        a.fill(&large.whole(), i)?;
-    }
-    let signal = a.point();
-    b.wait(&signal)?;
-    let small = b.alloc(4)?;
-    b.fill(&small.whole(), 1)?;
-    b.synchronize(SOON)?;
-    let (early, late) = (at(&signal)?, at(&b.point())?);
-    ensure(late > early, || format!("the waiter was done at {late}, the signal came at {early}"))
-}
-
-/// A program over streams of one die; returns the completion times.
-fn program(lab: &Lab) -> Verdict<Vec<u64>> {
-    let streams = (0..3).map(|_| lab.stream(0)).collect::<Verdict<Vec<_>>>()?;
-    let buffers =
-        streams.iter().map(|s| Ok(s.alloc(1 << 14)?)).collect::<Verdict<Vec<hal::Buffer>>>()?;
-    for round in 0..20 {
-        for (stream, buffer) in streams.iter().zip(&buffers) {
-            stream.fill(&buffer.whole(), round)?;
-        }
-        streams[1].wait(&streams[0].point())?;
-        streams[1].copy(&buffers[1].whole(), &buffers[0].whole())?;
-        streams[0].wait(&streams[1].point())?;
-    }
-    streams.iter().try_for_each(|s| s.synchronize(SOON))?;
-    streams.iter().map(|s| at(&s.point())).collect()
-}
-
-fn same_time(lab: &Lab) -> Verdict {
-    // Only a simulated clock promises this; the second die has not been used either.
-    if lab.die(0).properties().clock != Some(hal::Clock::Simulated) {
-        return Ok(());
-    }
-    let spans = |times: &[u64]| times.windows(2).map(|t| t[1].abs_diff(t[0])).collect::<Vec<_>>();
-    let first = program(lab)?;
-    let second = program(lab)?;
-    equal("differences of completion times", spans(&second), spans(&first))
-}
-
-/// Keeps what it is told.
-#[derive(Debug, Default)]
-struct Spans(Mutex<Vec<Span>>);
-
-impl TraceSink for Spans {
-    fn record(&self, span: &Span) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(span.clone());
-    }
-}
-
-impl Spans {
-    fn taken(&self) -> Vec<Span> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-fn trace(lab: &Lab) -> Verdict {
-    let spans = Arc::new(Spans::default());
-    let die = lab.die(0);
-    let stream = lab.stream(0)?;
-    let x = floats(&*stream, &[1.0; 64])?;
-    stream.synchronize(SOON)?;
-    die.set_trace(Some(spans.clone()))?;
-    let first = stream.point().value();
-    stream.fill(&x.region(), 0)?;
-    stream.submit(&add(&x, &x, &x).label("traced add"))?;
-    upload(&*stream, &[1, 2, 3])?;
-    stream.synchronize(SOON)?;
-    die.set_trace(None)?;
-    let spans: Vec<Span> = spans.taken().into_iter().filter(|s| s.stream == stream.id()).collect();
-    let last = stream.point().value();
-    let sequences: Vec<u64> = spans.iter().map(|s| s.sequence).collect();
-    ensure(sequences.windows(2).all(|s| s[0] < s[1]), || format!("out of order: {sequences:?}"))?;
-    ensure(sequences.iter().all(|&s| s > first && s <= last), || format!("{sequences:?}"))?;
-    let find = |kind: CommandKind| spans.iter().find(|s| s.kind == kind);
-    let traced = find(CommandKind::Op(OpKind::Add)).ok_or("the add is not in the trace")?;
-    equal("label", traced.label.as_str(), "traced add")?;
-    ensure(find(CommandKind::Fill).is_some(), || "the fill is not in the trace".into())?;
-    ensure(find(CommandKind::Write).is_some(), || "the write is not in the trace".into())?;
-    for span in &spans {
-        ensure(span.start <= span.end, || format!("{span:?} ends before it starts"))?;
-        equal("clock", Some(span.clock), die.properties().clock)?;
-    }
-    let end = Point::new(stream.point().timeline().clone(), traced.sequence);
-    equal("the add's end", traced.end, at(&end)?)
-}
-
-fn trace_ends(lab: &Lab) -> Verdict {
-    let spans = Arc::new(Spans::default());
-    let (die, stream) = (lab.die(0), lab.stream(0)?);
-    let buffer = stream.alloc(64)?;
-    die.set_trace(Some(spans.clone()))?;
-    stream.fill(&buffer.whole(), 1)?;
-    stream.synchronize(SOON)?;
-    die.set_trace(None)?;
-    ensure(!spans.taken().is_empty(), || "nothing was traced".into())?;
-    stream.fill(&buffer.whole(), 2)?;
-    stream.synchronize(SOON)?;
-    equal("spans after the trace was taken away", spans.taken().len(), 0)
 }

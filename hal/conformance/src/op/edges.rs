@@ -126,12 +126,15 @@ fn activations(all: &mut Vec<(String, Op<HostTensor>)>, dtype: DType) {
 
 fn choices(all: &mut Vec<(String, Op<HostTensor>)>, dtype: DType) {
     // Ties everywhere; the largest in the padding; all negative; infinite.
-    let values: [(&str, fn(usize) -> f64); 3] = [
-        ("ties", |i| [3.0, 5.0, 5.0, -1.0, 5.0][i % 5] + if i % 40 >= 35 { 10.0 } else { 0.0 }),
+    for (name, value) in [
+        (
+            "ties",
+            (|i| [3.0, 5.0, 5.0, -1.0, 5.0][i % 5] + if i % 40 >= 35 { 10.0 } else { 0.0 })
+                as fn(usize) -> f64,
+        ),
         ("negative", |i| -100.0 - (i % 7) as f64),
         ("infinite", |i| if i % 3 == 0 { f64::NEG_INFINITY } else { -wave(i) }),
-    ];
-    for (name, value) in values {
+    ] {
         let x = || tensor(dtype, &[3, 40], value);
         let op = ArgMax { x: x(), out: ints(&[9; 3]), limit: 35 };
         all.push((format!("argmax/{dtype}/{name}"), op.into()));

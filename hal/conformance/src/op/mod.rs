@@ -4,10 +4,12 @@
 pub mod cases;
 mod edges;
 pub mod host;
+mod hostile;
 pub mod reference;
 
-pub use cases::{Rng, cases, hostile};
+pub use cases::{Rng, cases};
 pub use host::{HostMemory, HostTensor};
+pub use hostile::hostile;
 
 use hal::op::Access;
 use hal::{DType, Op, OpKind};

@@ -86,7 +86,7 @@ impl Scratch {
             .lines()
             .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
             .filter_map(|message| Some(message["executable"].as_str()?.into()))
-            .last();
+            .next_back();
         program.context("cargo names no test program")
     }
 

@@ -1,7 +1,9 @@
 //! The all-to-all whose counts are values in device memory.
 
+use super::misuse::refuse;
+use super::values::{RANKS, elements};
+use super::{Rank, join};
 use crate::backend::Feature;
-use crate::collectives::{RANKS, Rank, elements, join, refuse};
 use crate::lab::{Lab, SOON, Verdict, ensure, equal, failed, is, read, refused};
 use crate::run::Case;
 use hal::{Cause, Collective, DType, Operand, Tensor, TensorDesc};
