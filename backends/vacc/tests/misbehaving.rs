@@ -47,7 +47,7 @@ impl Fake {
         unsafe {
             let live: libloading::Symbol<'_, unsafe extern "C" fn() -> std::ffi::c_long> =
                 self.library.get("fake_live").unwrap();
-            live().into()
+            live()
         }
     }
 
