@@ -5,7 +5,7 @@ mod common;
 
 use common::{options, system, tiny_dir};
 use hal::fault::FaultPlan;
-use hal::{Device, DeviceId};
+use hal::DeviceId;
 use model::Numerics;
 use model::checkpoint::Checkpoint;
 use model::engine::{Engine, EngineError, EngineOptions, GenerationOptions};

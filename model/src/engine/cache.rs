@@ -66,6 +66,7 @@ pub struct PagePool {
     pages: usize,
     page_size: usize,
     sequences: usize,
+    failed: bool,
 }
 
 impl PagePool {
@@ -73,7 +74,7 @@ impl PagePool {
         // The lowest page is taken first, so that a run's addresses are the same every time.
         let free = (0..pages as u32).rev().collect();
         let padding = (pages as u32..(pages + padding) as u32).collect();
-        PagePool { free, padding, pages, page_size, sequences: 0 }
+        PagePool { free, padding, pages, page_size, sequences: 0, failed: false }
     }
 
     /// Pages for sequences.
@@ -94,6 +95,15 @@ impl PagePool {
     /// Sequences that were started and not ended.
     pub(super) fn sequences(&self) -> usize {
         self.sequences
+    }
+
+    /// Whether a step on this data rank has failed: its streams take nothing more.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    pub(super) fn fail(&mut self) {
+        self.failed = true;
     }
 
     pub(super) fn start(&mut self) {

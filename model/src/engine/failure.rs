@@ -4,29 +4,35 @@ use super::{Engine, EngineError};
 use std::time::Duration;
 
 impl Engine {
-    /// Ends a failed step on every rank, and says whose fault it was.
+    /// Ends a failed step on every rank that took part, and says whose fault it was. Data ranks that
+    /// took no part go on.
     ///
     /// A failed command has already failed whoever waits for it, on every rank of its collectives.
     /// A command that never ends has not: the laggard is found, and the communicators are aborted so
     /// that the others are released.
-    pub(super) fn failed(&self, error: EngineError) -> EngineError {
+    pub(super) fn failed(&mut self, error: EngineError, took_part: &[usize]) -> EngineError {
         let error = match error {
-            EngineError::Device(hal::Error::Timeout { .. }) => self.laggard().unwrap_or(error),
+            EngineError::Device(hal::Error::Timeout { .. }) => {
+                self.laggard(took_part).unwrap_or(error)
+            }
             error => error,
         };
         let reason = error.to_string();
-        for rank in &self.ranks {
+        for &number in took_part {
+            let rank = &self.ranks[number];
             for communicator in rank.communicators.values() {
                 communicator.abort(&reason);
             }
+            self.pools[rank.plan.data.rank].fail();
         }
         error
     }
 
     /// The rank that the others wait for: of those that are not done, the one whose oldest command
     /// waits for nobody, or else the one that has come least far.
-    fn laggard(&self) -> Option<EngineError> {
-        let pending = self.ranks.iter().flat_map(|rank| {
+    fn laggard(&self, took_part: &[usize]) -> Option<EngineError> {
+        let ranks = took_part.iter().map(|&number| &self.ranks[number]);
+        let pending = ranks.flat_map(|rank| {
             let lanes = rank.lanes.iter().map(|lane| lane.point());
             lanes.map(move |point| (rank, point))
         });

@@ -2,7 +2,7 @@
 
 use super::batch::{Batch, NewTokens};
 use super::program::{Module, Program, ProgramKey, micro_batches, read_tensor};
-use super::{Engine, EngineError, Sequence};
+use super::{Engine, EngineError, PagePool, Sequence};
 use crate::graph::{Form, MicroBatch, Output, StepShape};
 use crate::schedule::COMPUTE;
 use hal::{Operand, Tensor};
@@ -41,10 +41,11 @@ struct Hidden {
 type Batches = Vec<(usize, Vec<Batch>)>;
 
 impl Engine {
-    /// Starts a sequence, with the data rank that has the fewest.
+    /// Starts a sequence, with the data rank that has the fewest, of those that have not failed.
     pub fn start(&mut self) -> Sequence {
         let pools = self.pools.iter().enumerate();
-        let least = pools.min_by_key(|(_, pool)| pool.sequences()).map_or(0, |(at, _)| at);
+        let load = |pool: &PagePool| (pool.has_failed(), pool.sequences());
+        let least = pools.min_by_key(|(_, pool)| load(pool)).map_or(0, |(at, _)| at);
         self.pools[least].start();
         Sequence::on(least)
     }
@@ -302,6 +303,7 @@ impl Engine {
         let result = self.issue(&batches, &mut running, hidden);
         let result = result.and_then(|()| self.collect(&batches, &running, new.len(), wanted));
         let hidden = self.hidden(&batches, &running);
+        let took_part: Vec<usize> = running.iter().map(|run| run.rank).collect();
         for run in running {
             if let Some(program) = run.program {
                 self.ranks[run.rank].keep(run.key, program);
@@ -309,7 +311,7 @@ impl Engine {
         }
         match result {
             Ok(output) => Ok((output, hidden)),
-            Err(error) => Err(self.failed(error)),
+            Err(error) => Err(self.failed(error, &took_part)),
         }
     }
 
