@@ -239,8 +239,23 @@ impl Player<'_> {
                 None => Ok(()),
             },
         };
-        if let Err(error) = result {
-            self.failures.replayed(self.now, &error);
+        for result in [result, self.status(call)] {
+            if let Err(error) = result {
+                self.failures.replayed(self.now, &error);
+            }
+        }
+    }
+
+    /// What has become of the communicator of a batch: one that was aborted refuses every later
+    /// batch, also on streams that are well.
+    fn status(&self, call: &Call) -> hal::Result<()> {
+        let Call::Submit { command, .. } = call else { return Ok(()) };
+        match self.commands.get(command).map(|definition| &**definition) {
+            Some(Definition::Batch { communicator, .. }) => {
+                let rank = self.communicators.get(communicator).and_then(Option::as_ref);
+                rank.map_or(Ok(()), |rank| rank.communicator.status())
+            }
+            _ => Ok(()),
         }
     }
 

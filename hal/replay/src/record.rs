@@ -44,7 +44,15 @@ pub enum Call {
     Write { stream: u64, to: Span, payload: u64 },
     /// [`hal::Stream::read`], and the payload that it gave, if the device computes values. Stands
     /// where it returned; nothing else was submitted to the stream meanwhile.
-    Read { stream: u64, from: Span, timeout: u64, payload: Option<u64> },
+    /// `into` is there where the destination had another length, which every device refuses.
+    Read {
+        stream: u64,
+        from: Span,
+        timeout: u64,
+        payload: Option<u64>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        into: Option<u64>,
+    },
     /// [`hal::Stream::copy`].
     Copy { stream: u64, to: Span, from: Span },
     /// [`hal::Stream::fill`].

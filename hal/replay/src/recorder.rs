@@ -19,7 +19,7 @@ use log::Log;
 use memory::RecordedBuffer;
 use parking_lot::Mutex;
 use probe::Probes;
-pub(crate) use probe::hash_of;
+pub(crate) use probe::{LARGEST_PROBE, hash_of};
 use std::fs::File;
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};

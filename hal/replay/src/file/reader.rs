@@ -115,6 +115,12 @@ impl<R: Read + Seek> Reader<R> {
         }
     }
 
+    /// Length of a payload that stood before; `None` if none of this number did.
+    pub fn payload_len(&self, number: u64) -> Option<u64> {
+        let place = usize::try_from(number).ok().and_then(|n| self.payloads.get(n));
+        place.map(|place| place.len)
+    }
+
     /// Bytes of a payload that stood before; `None` if none of this number did.
     ///
     /// # Errors

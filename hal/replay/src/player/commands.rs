@@ -27,11 +27,16 @@ impl Player<'_> {
                     self.note(to, None, &by);
                 }
             }
-            Call::Read { stream, from, timeout, payload } => {
+            Call::Read { stream, from, timeout, payload, into } => {
                 let (handle, die) = self.stream(*stream)?;
-                let region = self.region(from)?;
+                if let Some(into) = into {
+                    let problem = format!("{} bytes do not fill {into} bytes", from.len);
+                    return Err(Stop::Refused(problem));
+                }
+                let mut region = self.region(from)?;
                 let timeout = self.timeout(*timeout, failed);
-                let mut bytes = room(from.len)?;
+                let mut bytes = room(reader, from, *payload)?;
+                region.len = bytes.len() as u64;
                 let read = handle.read(&region, &mut bytes, timeout);
                 if self.issued(*stream, failed, read) && failed.is_none() {
                     self.compare_read(reader, die, from, *payload, &bytes)?;
@@ -89,7 +94,7 @@ impl Player<'_> {
             }
             Call::HostRead { from, payload } => {
                 let region = self.region(from)?;
-                let mut bytes = room(from.len)?;
+                let mut bytes = room(reader, from, *payload)?;
                 let result = region.buffer.raw().read_host(from.offset, &mut bytes);
                 if self.outcome(failed, result).is_some() && failed.is_none() {
                     let die = region.buffer.device().0;
@@ -235,17 +240,28 @@ fn payload_of<'r, R: Read + Seek>(
     Ok(bytes)
 }
 
-/// Memory for what is read.
-fn room(len: u64) -> Result<Vec<u8>, Stop> {
-    let mut bytes = Vec::new();
-    let len = usize::try_from(len).ok().filter(|&len| bytes.try_reserve_exact(len).is_ok());
-    match len {
-        Some(len) => {
-            bytes.resize(len, 0);
-            Ok(bytes)
-        }
-        None => Err(Stop::Refused("this host has no memory for what is read".to_string())),
-    }
+/// The most bytes that are read where there is nothing to compare them with.
+const NOT_COMPARED: u64 = 1 << 20;
+
+/// Memory for what is read: as much as the file holds, so that a length that a file only claims
+/// costs nothing.
+fn room<R: Read + Seek>(
+    reader: &Reader<R>,
+    from: &Span,
+    payload: Option<u64>,
+) -> Result<Vec<u8>, Stop> {
+    let len = match payload {
+        None => from.len.min(NOT_COMPARED),
+        Some(payload) => match reader.payload_len(payload) {
+            Some(len) if len == from.len => len,
+            Some(len) => {
+                let problem = format!("a read of {} bytes gave {len}", from.len);
+                return Err(Stop::Bad(problem));
+            }
+            None => return Err(Stop::Bad(format!("there is no payload {payload}"))),
+        },
+    };
+    Ok(vec![0; len as usize])
 }
 
 /// Whether a stream of `die` may copy between these.

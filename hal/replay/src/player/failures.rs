@@ -40,6 +40,8 @@ impl Failures {
         let key = match (&failed.origin, failed.kind) {
             (_, FailedKind::Lost) => Key::Lost(failed.die),
             (Some(origin), _) => Key::Command(origin.clone()),
+            // Whether it is the caller's mistake or the device's limit, they need not agree on.
+            (None, FailedKind::Unsupported) => Key::Call(record, FailedKind::Usage),
             (None, kind) => Key::Call(record, kind),
         };
         self.0.entry(key).or_insert(Seen { record, recorded: None, replayed: None })

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 /// The largest output that is copied, and the most bytes that wait on one stream to be hashed:
 /// pinned memory is dear.
-const MOST: u64 = 256 << 20;
+pub(crate) const LARGEST_PROBE: u64 = 256 << 20;
 
 /// How long the end of a recording waits for what is still running.
 const AT_THE_END: Duration = Duration::from_secs(10);
@@ -63,7 +63,7 @@ impl Probes {
             bytes: 0,
             copies: Vec::new(),
         });
-        let room = waiting.bytes.saturating_add(region.len) <= MOST;
+        let room = waiting.bytes.saturating_add(region.len) <= LARGEST_PROBE;
         let buffer = room.then(|| device.alloc_host(region.len).ok()).flatten();
         let mut log = log.lock();
         let Some(buffer) = buffer else { return log.skip_probe() };

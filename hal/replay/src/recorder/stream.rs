@@ -172,6 +172,7 @@ impl Stream for RecordedStream {
     fn read(&self, src: &Region, dst: &mut [u8], timeout: Duration) -> Result<()> {
         let (region, buffer) = self.shared.inner_region(src)?;
         let from = Span::of(&region, buffer);
+        let into = Some(dst.len() as u64).filter(|&len| len != from.len);
         self.shared.log.lock().flush();
         // Given in place, for the closure to hand `dst` on.
         let result = self.blocking(
@@ -180,7 +181,7 @@ impl Stream for RecordedStream {
                 let values = self.device.properties().functional;
                 let read = result.as_ref().ok().filter(|_| values);
                 let payload = read.map(|bytes| log.payload(bytes));
-                Call::Read { stream: self.number, from, timeout: nanos(timeout), payload }
+                Call::Read { stream: self.number, from, timeout: nanos(timeout), payload, into }
             },
         );
         if let (Some(probes), Ok(_)) = (&self.shared.probes, &result) {
