@@ -164,7 +164,7 @@ impl Machine {
         for (field, constant) in self.constants() {
             let v = constant.value;
             // A latency may be nothing; a rate of zero would never finish.
-            let may_be_zero = field.ends_with("_us") || field.ends_with("_ns");
+            let may_be_zero = ["_us", "_ns", "_ops"].iter().any(|end| field.ends_with(end));
             if !v.is_finite() || v < 0.0 || (v == 0.0 && !may_be_zero) || v > 1e12 {
                 return impossible(&field, v, "a positive number");
             }
@@ -176,15 +176,13 @@ impl Machine {
                 return impossible(&field, v, "a whole number up to 1000000");
             }
             if constant.provenance != Provenance::Assumed && constant.source.trim().is_empty() {
-                let problem =
-                    format!("{field} is {} but names no source", constant.provenance);
+                let problem = format!("{field} is {} but names no source", constant.provenance);
                 return Err(MachineError::Parse { file: file.into(), problem });
             }
         }
         self.check_tiles(file)?;
-        let missing = |many: String, link| {
-            Err(MachineError::MissingLink { file: file.into(), many, link })
-        };
+        let missing =
+            |many: String, link| Err(MachineError::MissingLink { file: file.into(), many, link });
         if s.dies_per_card > 1 && self.link.on_card.is_none() {
             return missing(format!("a card has {} dies", s.dies_per_card), "on_card");
         }
@@ -240,10 +238,9 @@ impl Machine {
 fn built_in(name: &str) -> Result<&'static str, MachineError> {
     match BUILT_IN.iter().find(|(known, _)| *known == name) {
         Some((_, text)) => Ok(text),
-        None => Err(MachineError::Unknown {
-            name: name.to_string(),
-            known: Machine::names().collect(),
-        }),
+        None => {
+            Err(MachineError::Unknown { name: name.to_string(), known: Machine::names().collect() })
+        }
     }
 }
 

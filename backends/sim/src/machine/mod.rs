@@ -151,6 +151,9 @@ pub struct Kernels {
     pub cluster_rows: Constant,
     /// Most pieces that K is cut into where tiles are too few; 1 for none.
     pub split_k: Constant,
+    /// Vector operations per accumulator and 128 of K that FP8 products need, where the matrix unit
+    /// does not scale and add partial sums in FP32 itself; 0 where it does.
+    pub promotion_ops: Constant,
     /// The share of the matrix rate that attention's main loop reaches, softmax between products.
     pub attention_reach: Constant,
     /// Rows (queries times heads) of a tile of decode attention.
@@ -235,6 +238,7 @@ macro_rules! constants {
             ("kernels.cluster", $($by)+ k.cluster),
             ("kernels.cluster_rows", $($by)+ k.cluster_rows),
             ("kernels.split_k", $($by)+ k.split_k),
+            ("kernels.promotion_ops", $($by)+ k.promotion_ops),
             ("kernels.attention_reach", $($by)+ k.attention_reach),
             ("kernels.decode_rows", $($by)+ k.decode_rows),
             ("kernels.prefill_rows", $($by)+ k.prefill_rows),
