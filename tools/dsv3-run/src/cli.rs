@@ -33,6 +33,7 @@ Examples:
   dsv3-run --backend vacc --vacc-runtime libvaccrt.so    through a card's runtime library
   dsv3-run logits --token-ids 0,1022,267 --out logits.safetensors
   dsv3-run checkpoint inspect DIR                        is this checkpoint complete?
+  dsv3-run perf op --machine h800 gemm --m 64 --n 7168 --k 2048
 
 Exit status: 0 success, 1 the run failed (device, runtime), 2 unusable input.";
 
@@ -46,6 +47,11 @@ pub(crate) enum Command {
     Checkpoint {
         #[command(subcommand)]
         command: CheckpointCommand,
+    },
+    /// How long one die or machine takes: operations, and published measurements against the model.
+    Perf {
+        #[command(subcommand)]
+        command: crate::perf::PerfCommand,
     },
     /// List the dies that a backend offers, and what is assumed about them.
     Devices(DevicesArgs),

@@ -10,6 +10,7 @@ mod eval;
 mod generate;
 mod logits;
 mod output;
+mod perf;
 mod source;
 mod system;
 mod trace;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         Some(Command::Logits(args)) => logits::run(&args),
         Some(Command::Eval(args)) => eval::run(&args),
         Some(Command::Checkpoint { command }) => checkpoint::run(&command),
+        Some(Command::Perf { command }) => perf::run(&command),
         Some(Command::Devices(args)) => devices::run(&args),
     };
     match result {

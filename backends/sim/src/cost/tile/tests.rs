@@ -226,8 +226,10 @@ fn better_machines_are_not_slower() {
     ];
     for mut machine in machines() {
         for (what, changes) in better {
-            // A better resource may move the choice of tiles by a hair; more cores move where waves end.
-            let tolerance = if *what == "cores" { 1.03 } else { 1.02 };
+            // More cores move where waves end; and where stores share the port with few loads, an
+            // engine that is early may meet a transfer that it would have missed.
+            let exact = *what != "cores" && !machine.kernels.stores_overlap;
+            let tolerance = if exact { 1.002 } else { 1.03 };
             if *what == "cores" {
                 machine.kernels.tile_choice = crate::machine::TileChoice::Fastest;
             }
