@@ -47,7 +47,10 @@ fn every_operation_is_answered_on_every_machine() {
             let computes = op.contains("gemm") || op.contains("mla");
             assert_eq!(number(&report, "tflops") > 0.0, computes, "{machine} {op}: {report}");
             let bounds = ["memory", "matrix", "vector", "link", "launch"];
-            assert!(bounds.contains(&report["bound"].as_str().unwrap()), "{machine} {op}: {report}");
+            assert!(
+                bounds.contains(&report["bound"].as_str().unwrap()),
+                "{machine} {op}: {report}"
+            );
             assert!(report["mapping"].as_str().unwrap().len() > 3, "{machine} {op}: {report}");
             assert_eq!(report["provenance"]["clock"], "simulated");
             assert_eq!(report["provenance"]["machine"], machine);
@@ -59,7 +62,9 @@ fn every_operation_is_answered_on_every_machine() {
 fn people_are_told_what_decides() {
     let output = dsv3("perf op --machine va16 gemm --m 1 --n 7168 --k 2048");
     let text = String::from_utf8(output.stdout).unwrap();
-    for words in ["simulated on va16", "memory", "floor", "mapping: tiles of", "die.memory_gb_s", "half:"] {
+    for words in
+        ["simulated on va16", "memory", "floor", "mapping: tiles of", "die.memory_gb_s", "half:"]
+    {
         assert!(text.contains(words), "{text:?} lacks {words:?}");
     }
 }

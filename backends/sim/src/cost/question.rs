@@ -1,7 +1,7 @@
 //! Questions about one operation on one machine, as `dsv3-run perf op` and the validation table ask
 //! them.
 
-use super::network::{MoeDirection, MoeExchange, MoeMode};
+use super::network::{MoeExchange, MoeMode};
 use super::tile::{Layout, TileModel};
 use crate::machine::{Machine, Provenance};
 use hal::op::{AttentionWork, BlockGrid, GroupedLinear, Linear, MlaDecode, MlaPrefill, Routing};
@@ -449,7 +449,7 @@ fn ask_collective(
 
 fn ask_moe(machine: &Machine, question: &Question) -> Result<Answer, String> {
     let Question::Moe {
-        combine,
+        combine: _,
         ep,
         tokens,
         top_k,
@@ -502,7 +502,6 @@ fn ask_moe(machine: &Machine, question: &Question) -> Result<Answer, String> {
     let small =
         |name: &str, v: u64| u32::try_from(v).map_err(|_| format!("{name} {v} is too large"));
     let exchange = MoeExchange {
-        direction: if combine { MoeDirection::Combine } else { MoeDirection::Dispatch },
         mode: if low_latency { MoeMode::LowLatency } else { MoeMode::Throughput },
         ep: ranks,
         tokens: small("tokens", tokens)?,

@@ -13,11 +13,12 @@ use std::io::Write;
 pub(crate) struct OpArgs {
     /// va16, h800, h100, h200, b200, cloudmatrix384, or the path of a machine file
     /// (docs/machine-files.md).
-    #[arg(long, value_name = "NAME|FILE", default_value = "va16", global = true)]
-    machine: String,
+    // A name of its own: global flags of nested commands meet the outer ones by name.
+    #[arg(long = "machine", value_name = "NAME|FILE", default_value = "va16", global = true)]
+    op_machine: String,
     /// Print one JSON object and nothing else.
-    #[arg(long, global = true)]
-    json: bool,
+    #[arg(long = "json", global = true)]
+    op_json: bool,
     #[command(subcommand)]
     op: OpCommand,
 }
@@ -216,12 +217,12 @@ impl OpCommand {
 }
 
 pub(crate) fn run(args: &OpArgs) -> anyhow::Result<()> {
-    let machine = Machine::load(&args.machine)?;
+    let machine = Machine::load(&args.op_machine)?;
     let question = args.op.question();
     let told = answer(&machine, &question).map_err(anyhow::Error::msg)?;
     let moved = sensitivity(&machine, &question).map_err(anyhow::Error::msg)?;
     let mut out = std::io::stdout().lock();
-    if args.json {
+    if args.op_json {
         let mut report = serde_json::to_value(&told).context("writing the answer as JSON")?;
         report["question"] = json!(question);
         report["provenance"] = json!({

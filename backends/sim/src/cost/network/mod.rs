@@ -5,7 +5,7 @@ mod flows;
 mod moe;
 mod ports;
 
-pub use moe::{MoeCost, MoeDirection, MoeExchange, MoeMode};
+pub use moe::{MoeCost, MoeExchange, MoeMode};
 
 use crate::machine::{LinkConstants, Machine};
 use hal::trace::Bound;

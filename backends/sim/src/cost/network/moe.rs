@@ -13,20 +13,10 @@ pub enum MoeMode {
     LowLatency,
 }
 
-/// Which way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum MoeDirection {
-    /// Tokens to experts.
-    Dispatch,
-    /// Results back, summed where they meet.
-    Combine,
-}
-
-/// An expert-parallel exchange: balanced, uniform routing over all experts of the hosts kept.
+/// An expert-parallel exchange, there (dispatch) or back (combine, where results are summed as they
+/// meet: the same way with the same counts): balanced, uniform routing over all experts of the hosts kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MoeExchange {
-    /// Tokens to experts or back.
-    pub direction: MoeDirection,
     /// Kernels.
     pub mode: MoeMode,
     /// Expert-parallel ranks.
@@ -201,7 +191,6 @@ mod tests {
     fn bytes_are_those_of_the_published_benchmark() {
         let network = Network::new(&Machine::named("h800").unwrap());
         let x = MoeExchange {
-            direction: MoeDirection::Dispatch,
             mode: MoeMode::LowLatency,
             ep: 8,
             tokens: 128,

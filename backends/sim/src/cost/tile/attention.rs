@@ -19,9 +19,6 @@ pub(crate) struct Decode {
     pub(crate) rows: u64,
     /// Keys over all sequences.
     pub(crate) keys: u64,
-    /// Pairs of query token and key, over all sequences.
-    pub(crate) pairs: u64,
-    pub(crate) heads: u64,
     /// Width of a cached row, and of its part that is the value.
     pub(crate) width: u64,
     pub(crate) rank: u64,

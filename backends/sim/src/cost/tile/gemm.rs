@@ -117,7 +117,15 @@ pub(crate) fn choose(die: &DieFigures, p: &Product) -> Option<(Mapping, Program)
                 let program = program(die, p, &mapping);
                 (program.seconds(), mapping, program)
             };
-            let mut ranked: Vec<_> = candidates.map(rank).collect();
+            // Few waves overlap little of their loads and stores; more waves on fewer cores may.
+            let fewer_cores = |m: Mapping| {
+                let waves = m.waves();
+                let more = if waves <= 3 { waves + 1..2 * waves + 1 } else { 0..0 };
+                let more = more.filter(move |&w| w <= m.tiles);
+                more.map(move |w| Mapping { cores: m.tiles.div_ceil(w), ..m })
+            };
+            let both = candidates.flat_map(|m| std::iter::once(m).chain(fewer_cores(m)));
+            let mut ranked: Vec<_> = both.map(rank).collect();
             // Stable: of equals, the smaller tile.
             ranked.sort_by(|a, b| a.0.total_cmp(&b.0));
             // The closed form is a percent or two off for some; the best few are looked at closely.
@@ -217,7 +225,7 @@ fn program(die: &DieFigures, p: &Product, m: &Mapping) -> Program {
         }
     };
     Program {
-        cores: die.cores,
+        cores: m.cores,
         stages: m.stages,
         stores_overlap: die.library.stores_overlap,
         startup: die.startup,
@@ -241,7 +249,7 @@ fn memory_reads(die: &DieFigures, p: &Product, m: &Mapping) -> f64 {
         return uncached.max(p.reads);
     }
     // A wave of neighbouring tiles covers a rectangle; its best shape is nearly square.
-    let at_once = m.tiles.min(die.cores).div_ceil(m.split);
+    let at_once = m.tiles.min(m.cores).div_ceil(m.split);
     let (high, wide) = (p.m.div_ceil(m.rows), p.n.div_ceil(m.columns));
     let mut least = f64::INFINITY;
     let mut up = 1;

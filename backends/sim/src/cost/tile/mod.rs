@@ -138,8 +138,6 @@ impl TileModel {
                         sequences,
                         rows: (tokens * heads).div_ceil(sequences.max(1)),
                         keys: o.work.keys,
-                        pairs: o.work.pairs,
-                        heads,
                         width: o.cache.last_dim() as u64,
                         rank: o.q_latent.last_dim() as u64,
                         dtype: o.q_latent.dtype(),
