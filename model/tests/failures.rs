@@ -4,8 +4,8 @@
 mod common;
 
 use common::{options, system, tiny_dir};
-use hal::fault::FaultPlan;
 use hal::DeviceId;
+use hal::fault::FaultPlan;
 use model::Numerics;
 use model::checkpoint::Checkpoint;
 use model::engine::{Engine, EngineError, EngineOptions, GenerationOptions};

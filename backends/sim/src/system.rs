@@ -1,7 +1,7 @@
 //! A running machine: its dies, its worker threads and what they share.
 
 use crate::collective::Group;
-use crate::cost::{CostModel, Roofline};
+use crate::cost::{CostModel, TileModel};
 use crate::device::{DieState, SimDevice};
 use crate::kernels;
 use crate::machine::Machine;
@@ -89,7 +89,7 @@ impl System {
             .map(|i| DieState::new(DeviceId(i), &machine, &topology, options.mode))
             .collect();
         let shared = Shared {
-            cost: Box::new(Roofline::new(&machine)),
+            cost: Box::new(TileModel::new(&machine)),
             topology,
             mode: options.mode,
             kernels: kernels::Context::new(threads),

@@ -42,6 +42,7 @@ Examples:
   dsv3-run plan --config deepseek-v3 --tensor-parallel-size 32
   dsv3-run checkpoint inspect DIR                        is this checkpoint complete?
   dsv3-run conformance --filter \"collectives/*\"         does the backend keep the contract?
+  dsv3-run perf op --machine h800 gemm --m 64 --n 7168 --k 2048
 
 Exit status: 0 success, 1 the run failed (device, runtime), 2 unusable input.";
 
@@ -60,6 +61,11 @@ pub(crate) enum Command {
     Checkpoint {
         #[command(subcommand)]
         command: CheckpointCommand,
+    },
+    /// How long one die or machine takes: operations, and published measurements against the model.
+    Perf {
+        #[command(subcommand)]
+        command: crate::perf::PerfCommand,
     },
     /// List the dies that a backend offers, and what is assumed about them.
     Devices(DevicesArgs),

@@ -11,6 +11,7 @@ mod eval;
 mod generate;
 mod logits;
 mod output;
+mod perf;
 mod plan;
 mod replay;
 mod source;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Some(Command::Replay(args)) => replay::run(&args),
         Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Checkpoint { command }) => checkpoint::run(&command),
+        Some(Command::Perf { command }) => perf::run(&command),
         Some(Command::Devices(args)) => devices::run(&args),
         Some(Command::Conformance(args)) => conformance::run(&args),
     };

@@ -3,9 +3,15 @@
 //! The functional kernels and the time model meet in one place only: a [`CostModel`] is asked about
 //! an op's descriptors, and about the routing that the kernels found where they ran.
 
+pub mod network;
+pub mod question;
 mod roofline;
+mod tile;
+pub mod validation;
 
+pub use network::Network;
 pub use roofline::Roofline;
+pub use tile::{Detail, Explained, Layout, TileModel};
 
 use hal::op::Routing;
 use hal::trace::Bound;

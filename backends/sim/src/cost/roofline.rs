@@ -2,7 +2,7 @@
 
 use super::{Cost, CostModel, Path};
 use crate::machine::{Machine, picos};
-use hal::op::{self, Routing};
+use hal::op::{self, Routing, Work};
 use hal::trace::Bound;
 use hal::{CollectiveKind, DType, DeviceId, Op, TensorDesc, Topology};
 
@@ -27,6 +27,20 @@ impl Roofline {
         }
     }
 
+    /// Picoseconds that a work's scarcest resource needs, without a launch: no kernel is faster.
+    pub fn work_picos(&self, work: &Work) -> u64 {
+        self.parts(work).iter().map(|&(_, seconds)| (seconds * 1e12) as u64).max().unwrap_or(0)
+    }
+
+    fn parts(&self, work: &Work) -> [(Bound, f64); 3] {
+        let dtype = work.matrix_dtype.unwrap_or(DType::F32);
+        [
+            (Bound::Memory, work.bytes() as f64 / self.machine.memory_rate()),
+            (Bound::Matrix, work.matrix_ops as f64 / self.machine.matrix_rate(dtype)),
+            (Bound::Vector, work.vector_ops as f64 / (self.machine.die.vector_gops.value * 1e9)),
+        ]
+    }
+
     fn cost(&self, parts: &[(Bound, f64)], operations: u64, bytes: u64) -> Cost {
         // Below the launch itself, what a command does hardly matters.
         let mut longest = (Bound::Launch, self.launch as f64 * 1e-12);
@@ -45,12 +59,7 @@ impl Roofline {
 impl CostModel for Roofline {
     fn op(&self, op: &Op<TensorDesc>, routing: Option<Routing>) -> Cost {
         let work = op::work(op, routing);
-        let dtype = work.matrix_dtype.unwrap_or(DType::F32);
-        let parts = [
-            (Bound::Memory, work.bytes() as f64 / self.machine.memory_rate()),
-            (Bound::Matrix, work.matrix_ops as f64 / self.machine.matrix_rate(dtype)),
-            (Bound::Vector, work.vector_ops as f64 / (self.machine.die.vector_gops.value * 1e9)),
-        ];
+        let parts = self.parts(&work);
         self.cost(&parts, work.matrix_ops + work.vector_ops, work.bytes())
     }
 
