@@ -113,7 +113,7 @@ fn a_machine_file_is_enough() {
     let example = page.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
     let file = dir.path().join("x1.toml");
     std::fs::write(&file, example).unwrap();
-    let op = "gemm --m 64 --n 7168 --k 16384";
+    let op = "mla-decode --batch 128 --kv 8192 --heads 16";
     let x1 = json(&format!("perf op --machine {} {op}", file.display()));
     let h800 = json(&format!("perf op --machine h800 {op}"));
     assert_eq!(x1["provenance"]["machine"], "x1");

@@ -5,7 +5,7 @@ use super::network::{MoeExchange, MoeMode};
 use super::tile::{Layout, TileModel};
 use crate::machine::{Machine, Provenance};
 use hal::op::{AttentionWork, BlockGrid, GroupedLinear, Linear, MlaDecode, MlaPrefill, Routing};
-use hal::{CollectiveKind, DType, DeviceId, Op, TensorDesc};
+use hal::{CollectiveKind, DType, DeviceId, LinkKind, Op, TensorDesc};
 use serde::{Deserialize, Serialize};
 
 /// MLA of DeepSeek-V3: width of the latent, of the rotary key, of a head without it, of a value.
@@ -427,8 +427,15 @@ fn ask_collective(
     let topology = machine.topology();
     let model = TileModel::new(&machine);
     let told = model.network().collective(kind, bytes, &ids, &topology);
-    let nearest = topology.link(ids[0], ids[1]).map_or(0.0, |l| l.bytes_per_second);
-    // What every rank's nearest link carries at least.
+    // What a rank sends or receives at least, over all of its ports at once.
+    let kinds = [LinkKind::OnCard, LinkKind::InHost, LinkKind::Network];
+    let reached = |kind| ids[1..].iter().any(|&to| topology.kind(ids[0], to) == Some(kind));
+    let ports: f64 = kinds
+        .into_iter()
+        .filter(|&kind| reached(kind))
+        .filter_map(|kind| machine.link(kind))
+        .map(|link| link.gb_s.value * 1e9)
+        .sum();
     let share = match kind {
         CollectiveKind::AllReduce => 2.0 * f64::from(ranks - 1) / f64::from(ranks),
         CollectiveKind::Broadcast | CollectiveKind::Send | CollectiveKind::Recv => 1.0,
@@ -441,7 +448,7 @@ fn ask_collective(
         gb_per_s: bytes as f64 / seconds * 1e-9,
         bound: told.bound.name(),
         mapping: told.algorithm.to_string(),
-        floor_us: share * bytes as f64 / nearest * 1e6,
+        floor_us: share * bytes as f64 / ports * 1e6,
         gap_us: machine.launch.device_us.value,
         picos: told.picos,
     })

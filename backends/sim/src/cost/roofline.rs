@@ -32,6 +32,12 @@ impl Roofline {
         self.parts(work).iter().map(|&(_, seconds)| (seconds * 1e12) as u64).max().unwrap_or(0)
     }
 
+    /// The resource that a work needs longest.
+    pub fn scarcest(&self, work: &Work) -> Bound {
+        let parts = self.parts(work);
+        parts.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).map_or(Bound::Unknown, |p| p.0)
+    }
+
     fn parts(&self, work: &Work) -> [(Bound, f64); 3] {
         let dtype = work.matrix_dtype.unwrap_or(DType::F32);
         [

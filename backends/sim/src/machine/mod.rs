@@ -154,8 +154,11 @@ pub struct Kernels {
     /// Vector operations per accumulator and 128 of K that FP8 products need, where the matrix unit
     /// does not scale and add partial sums in FP32 itself; 0 where it does.
     pub promotion_ops: Constant,
-    /// The share of the matrix rate that attention's main loop reaches, softmax between products.
-    pub attention_reach: Constant,
+    /// The share of the matrix rate that absorbed attention's main loop reaches, softmax between
+    /// products.
+    pub decode_reach: Constant,
+    /// The same for expanded attention.
+    pub prefill_reach: Constant,
     /// Rows (queries times heads) of a tile of decode attention.
     pub decode_rows: Constant,
     /// Query rows of a tile of prefill attention.
@@ -239,7 +242,8 @@ macro_rules! constants {
             ("kernels.cluster_rows", $($by)+ k.cluster_rows),
             ("kernels.split_k", $($by)+ k.split_k),
             ("kernels.promotion_ops", $($by)+ k.promotion_ops),
-            ("kernels.attention_reach", $($by)+ k.attention_reach),
+            ("kernels.decode_reach", $($by)+ k.decode_reach),
+            ("kernels.prefill_reach", $($by)+ k.prefill_reach),
             ("kernels.decode_rows", $($by)+ k.decode_rows),
             ("kernels.prefill_rows", $($by)+ k.prefill_rows),
             ("kernels.attention_keys", $($by)+ k.attention_keys),

@@ -157,24 +157,17 @@ fn hierarchical(ports: &Ports<'_>, bytes: f64) -> Vec<Candidate> {
         // Each share's owners at once: they may meet at ports that dies of a card share.
         let share = bytes / near as f64;
         let far = groups.len();
+        let lanes = |a: usize, b: usize, part: f64| {
+            let pairs = groups[a].iter().zip(&groups[b]);
+            pairs.map(move |(&x, &y)| (x, y, part)).collect::<Vec<_>>()
+        };
         let pairs = |part: f64| -> Vec<(usize, usize, f64)> {
-            let mut moves = Vec::new();
-            for lane in 0..near {
-                for a in 0..far {
-                    moves.extend(
-                        (0..far)
-                            .filter(|&b| b != a)
-                            .map(|b| (groups[a][lane], groups[b][lane], part)),
-                    );
-                }
-            }
-            moves
+            let others = |a| (0..far).filter(move |&b| b != a).map(move |b| (a, b));
+            (0..far).flat_map(others).flat_map(|(a, b)| lanes(a, b, part)).collect()
         };
         let across_ring = || {
-            let moves: Vec<_> = (0..near)
-                .flat_map(|lane| (0..far).map(move |a| (lane, a)))
-                .map(|(lane, a)| (groups[a][lane], groups[(a + 1) % far][lane], share / far as f64))
-                .collect();
+            let part = share / far as f64;
+            let moves: Vec<_> = (0..far).flat_map(|a| lanes(a, (a + 1) % far, part)).collect();
             2.0 * (far - 1) as f64 * ports.round(&moves)
         };
         // Listing pairs is worth it for few groups only; many go round a ring.

@@ -72,7 +72,7 @@ impl MoeExchange {
 /// The probability that a token with `k` of `all` experts, each equally likely, has none among
 /// `some`.
 fn none_among(all: f64, some: f64, k: u32) -> f64 {
-    (0..k).map(|i| f64::from(i)).fold(1.0, |p, i| {
+    (0..k).map(f64::from).fold(1.0, |p, i| {
         if all - i <= 0.0 { p } else { p * ((all - some - i) / (all - i)).max(0.0) }
     })
 }
@@ -128,7 +128,7 @@ impl Network {
             link_seconds: links,
             link_bound: links > self.exchange + latency,
             mapping: format!(
-                "{}; a token meets {:.2} host(s) and {:.2} dies of {} on {}; {} decide(s)",
+                "{}; a token meets {:.2} host(s) and {:.2} dies of {} on {}; {} decide",
                 if several {
                     "two hops: once to each host over the network, there to each die"
                 } else {
@@ -138,7 +138,7 @@ impl Network {
                 t.met_dies,
                 x.ep,
                 t.hosts,
-                if network > inside { "the network" } else { "links inside the host" }
+                if network > inside { "links between hosts" } else { "links inside the host" }
             ),
         }
     }
@@ -164,11 +164,11 @@ impl Network {
             link_seconds: links,
             link_bound: links > issue + latency,
             mapping: format!(
-                "direct: {copies} copies of {:.0} B to {} dies, {:.0}% over the network; {} decide(s)",
+                "direct: {copies} copies of {:.0} B to {} dies, {:.0}% over the network; {} decide",
                 x.token_bytes(),
                 x.ep,
                 100.0 * network_bytes / bytes.max(1.0),
-                if network > inside { "the network" } else { "links inside the host" }
+                if network > inside { "links between hosts" } else { "links inside the host" }
             ),
         }
     }

@@ -52,7 +52,7 @@ pub(crate) fn decode(die: &DieFigures, a: &Decode) -> Option<(String, Program)> 
     }
     let (_, parts, program) = best?;
     let text = format!(
-        "{rows} of {} query rows a tile, {} keys a step; keys of {} sequence(s) in {parts} part(s) \
+        "tiles of {rows} query rows for {}, {} keys a step; keys of {} sequence(s) in {parts} part(s) \
          of {} step(s) on {} cores{}",
         a.rows,
         library.attention_keys,
@@ -81,7 +81,7 @@ fn decode_program(
     let tiles = parts * row_blocks;
     let scores = rows as f64 * keys;
     let operations = 2.0 * scores * (a.width + a.rank) as f64;
-    let matrix = operations / (die.matrix(a.dtype) * library.attention_reach);
+    let matrix = operations / (die.matrix(a.dtype) * library.decode_reach);
     let block = keys * a.width as f64 * size;
     let split = parts > a.sequences;
     let partials = if split { (tiles * segments * rows * a.rank * 4) as f64 } else { 0.0 };
@@ -154,7 +154,7 @@ pub(crate) fn prefill(die: &DieFigures, a: &Prefill) -> Option<(String, Program)
     let together = tiles.div_ceil(MOST_CLASSES);
     let scores = (rows * keys) as f64;
     let operations = 2.0 * scores * (a.key + a.value) as f64;
-    let compute = (operations / (die.matrix(a.dtype) * library.attention_reach))
+    let compute = (operations / (die.matrix(a.dtype) * library.prefill_reach))
         .max(SCORE_OPS * scores / die.vector)
         .max(2.0 * die.matrix_step);
     let step = (keys * (a.key + a.value)) as f64 * a.dtype.size() as f64;
@@ -192,7 +192,7 @@ pub(crate) fn prefill(die: &DieFigures, a: &Prefill) -> Option<(String, Program)
         finish: 0.0,
     };
     let text = format!(
-        "{rows} query rows a tile, {keys} keys a step; {} tiles of {} head(s), the longest first, \
+        "tiles of {rows} query rows, {keys} keys a step; {} tiles of {} head(s), the longest first, \
          on {} cores",
         program.tiles(),
         a.heads,

@@ -57,10 +57,22 @@ enum Action {
 }
 
 /// A finite time that orders.
-#[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug)]
 struct Time(f64);
 
+impl PartialEq for Time {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
 impl Eq for Time {}
+
+impl PartialOrd for Time {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
 
 impl Ord for Time {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
@@ -221,12 +233,13 @@ fn play(program: &Program, stand_ins: &[(u64, u64)]) -> f64 {
                 }
             }
         }
-        if core.unloaded == 0 && core.tiles_left > 0 {
-            if let Some(class) = if folded { Some(0) } else { queue.next() } {
-                core.tiles.push_back(class);
-                core.unloaded = program.classes[class].steps;
-                core.tiles_left -= 1;
-            }
+        if core.unloaded == 0
+            && core.tiles_left > 0
+            && let Some(class) = if folded { Some(0) } else { queue.next() }
+        {
+            core.tiles.push_back(class);
+            core.unloaded = program.classes[class].steps;
+            core.tiles_left -= 1;
         }
         // A core without anything to do comes back once more, to be counted out when it ends.
         let (time, _) = core.next(program.stores_overlap).unwrap_or((core.end, Action::Store));

@@ -114,7 +114,9 @@ impl TileModel {
                 Limit::Startup => Bound::Launch,
                 Limit::Compute if work.matrix_dtype.is_some() => Bound::Matrix,
                 Limit::Compute => Bound::Vector,
-                Limit::Memory | Limit::Cache | Limit::Port => Bound::Memory,
+                Limit::Memory => Bound::Memory,
+                // Caches and ports feed the matrix units or pass memory on: what they serve.
+                Limit::Cache | Limit::Port => self.floor.scarcest(&work),
             },
             work,
             mapping,
