@@ -7,6 +7,7 @@ use crate::plan::RankPlan;
 use hal::op;
 use hal::{DType, Device, Op, Operand, Region, Stream, Tensor, TensorDesc};
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -108,6 +109,18 @@ pub fn load(
             }
         }
     }
+    let mut state = LoadProgress { done: 0, total };
+    if let [(device, rank, plan)] = ranks {
+        // On the caller's own thread: one stream keeps one thread busy at most.
+        let state = RefCell::new((state, progress));
+        let told = |bytes: u64| {
+            let (state, progress) = &mut *state.borrow_mut();
+            state.done += bytes;
+            progress(*state);
+        };
+        let target = Target { device, rank, plan, options };
+        return Ok(vec![target.load(checkpoint, &told, &AtomicBool::new(false))?]);
+    }
     let workers = std::thread::available_parallelism().map_or(1, |n| n.get()).min(ranks.len());
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let (sender, receiver) = mpsc::channel();
@@ -117,7 +130,9 @@ pub fn load(
             let at = next.fetch_add(1, Ordering::Relaxed);
             let Some((device, rank, plan)) = ranks.get(at) else { return results };
             let target = Target { device, rank, plan, options };
-            let result = target.load(checkpoint, &sender, &failed);
+            // Nobody listens any more only if the caller is gone.
+            let told = |bytes: u64| sender.send(bytes).unwrap_or(());
+            let result = target.load(checkpoint, &told, &failed);
             failed.fetch_or(result.is_err(), Ordering::Relaxed);
             results.push((at, result));
         }
@@ -131,7 +146,6 @@ pub fn load(
             })
             .collect();
         drop(sender);
-        let mut state = LoadProgress { done: 0, total };
         for bytes in receiver {
             state.done += bytes;
             progress(state);
@@ -172,7 +186,7 @@ impl Target<'_> {
     fn load(
         &self,
         checkpoint: &Checkpoint,
-        progress: &mpsc::Sender<u64>,
+        progress: &dyn Fn(u64),
         stop: &AtomicBool,
     ) -> Result<Weights, LoadError> {
         let stream = self.device.stream("load").map_err(|e| wrap("the load stream", e))?;
@@ -194,7 +208,7 @@ impl Target<'_> {
 struct Loader<'a> {
     stream: &'a dyn Stream,
     checkpoint: &'a Checkpoint,
-    progress: &'a mpsc::Sender<u64>,
+    progress: &'a dyn Fn(u64),
     read: u64,
     in_flight: u64,
 }
@@ -280,8 +294,7 @@ impl Loader<'_> {
             }
         }
         self.read += data.len() as u64;
-        // Nobody listens any more only if the caller is gone.
-        let _ = self.progress.send(data.len() as u64);
+        (self.progress)(data.len() as u64);
         Ok(())
     }
 

@@ -74,10 +74,10 @@ fn a_machine_that_cannot_do_it_fails_with_the_reason() {
     let machine = folder.path().join("small.toml");
     let va16 = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../backends/sim/machines/va16.toml");
     let va16 = std::fs::read_to_string(va16).unwrap();
-    let found = "[die.memory_gib]\nvalue = 32\n";
+    let found = "memory_gib = { value = 32,";
     assert!(va16.contains(found));
     // Too little memory for one case, one host without further cards for another.
-    let small = va16.replace(found, "[die.memory_gib]\nvalue = 0.0005\n");
+    let small = va16.replace(found, "memory_gib = { value = 0.0005,");
     std::fs::write(&machine, small.replace("cards_per_host = 8", "cards_per_host = 1")).unwrap();
     let machine = ["--machine", machine.to_str().unwrap(), "--threads", "2"];
     let output = conformance(&[&machine[..], &["--filter", "memory/contents/"]].concat());
