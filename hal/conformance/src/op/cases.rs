@@ -187,6 +187,37 @@ fn add_rowwise(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DT
             };
             add("quantize", quantize.into());
         }
+        for (number, (column_offset, scale_format)) in
+            [(0, ScaleFormat::Float), (0, ScaleFormat::PowerOfTwo), (65, ScaleFormat::Float)]
+                .into_iter()
+                .enumerate()
+        {
+            let grid = BlockGrid { column_offset, ..BlockGrid::default() };
+            let q = |m: &mut Maker| m.random_of(DType::F8E4M3, &[t, h]);
+            let scales = |m: &mut Maker| m.scales(&[t, grid.scale_columns(h)]);
+            let fused = RmsNormQuantize {
+                x: m.strided(t, h),
+                weight: m.random(&[h]),
+                residual: (number > 0).then(|| m.strided(t, h)),
+                out: (number != 1).then(|| m.strided(t, h)),
+                q: q(m),
+                scales: scales(m),
+                eps: 1e-6,
+                column_offset,
+                scale_format,
+            };
+            add("rms_norm_quantize", fused.into());
+            let fused = SwiGluQuantize {
+                x: m.strided(t, 2 * h),
+                row_offsets: (number > 0).then(|| ints(&[0, t as i32 - t as i32 / 3])),
+                q: q(m),
+                scales: scales(m),
+                column_offset,
+                scale_format,
+                expected_rows: 0,
+            };
+            add("swiglu_quantize", fused.into());
+        }
         let grid = BlockGrid { row_offset: 1, column_offset: 2, segments: 2 };
         let w = m.random_of(DType::F8E4M3, &[2, 2 * t, h]);
         let w_scales = m.scales(&[2, grid.scale_rows(2 * t), grid.scale_columns(h)]);
@@ -520,6 +551,18 @@ pub fn hostile() -> Vec<(&'static str, Op<HostTensor>, &'static str)> {
         }
         .into()
     };
+    let gated_quantize = |last: i32| -> Op<HostTensor> {
+        SwiGluQuantize {
+            x: f(&[2, 8]),
+            row_offsets: Some(ints(&[last])),
+            q: tensor(DType::F8E4M3, &[2, 4], |_| 1.0),
+            scales: f(&[2, 1]),
+            column_offset: 0,
+            scale_format: ScaleFormat::Float,
+            expected_rows: 0,
+        }
+        .into()
+    };
     let write = |slot: i32| -> Op<HostTensor> {
         let (latent, k_rope) = (f(&[1, 3]), f(&[1, 2]));
         CacheWrite { latent, k_rope, slots: ints(&[slot]), cache: f(&[4, 2, 5]) }.into()
@@ -561,6 +604,7 @@ pub fn hostile() -> Vec<(&'static str, Op<HostTensor>, &'static str)> {
         ("gated rows beyond", swiglu(3), "end at 3"),
         ("negative gated rows", swiglu(-1), "end at -1"),
         ("quantised rows beyond", quantize(3), "end at 3"),
+        ("gated and quantised rows beyond", gated_quantize(3), "end at 3"),
         ("expert to dispatch", dispatch(&[0, 1, 2, 4], None, 4, 2), "expert 4 of token 1"),
         ("tokens to dispatch", dispatch(&[0, 1, 2, 3], None, 4, 3), "end at 3"),
         (
