@@ -83,10 +83,16 @@ fn as_the_pair(lab: &Lab, kind: OpKind, dtype: DType) -> Verdict {
         if !kept {
             expected.pop();
         }
-        expected.extend(outputs(&*stream, &Quantize { x: holding(&second.x, between), ..second }.into())?);
+        expected.extend(outputs(
+            &*stream,
+            &Quantize { x: holding(&second.x, between), ..second }.into(),
+        )?);
         equal("outputs", fused.len(), expected.len())?;
-        for (((operand, _), fused), expected) in op::written(&op).iter().zip(&fused).zip(&expected) {
-            ensure(fused == expected, || format!("{name}: {operand} has other bits than the pair"))?;
+        for (((operand, _), fused), expected) in op::written(&op).iter().zip(&fused).zip(&expected)
+        {
+            ensure(fused == expected, || {
+                format!("{name}: {operand} has other bits than the pair")
+            })?;
         }
         compared += 1;
     }

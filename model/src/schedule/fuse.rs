@@ -35,10 +35,9 @@ pub fn fuse(graph: Graph, supports: &dyn Fn(&Op<TensorDesc>) -> bool) -> Graph {
         });
     }
     let merge = |(number, node): (usize, &Node)| match &fused[number] {
-        Some(op) => Node {
-            work: Work::Op(op.clone()),
-            label: format!("{} + quantise", node.label).into(),
-        },
+        Some(op) => {
+            Node { work: Work::Op(op.clone()), label: format!("{} + quantise", node.label).into() }
+        }
         None => node.clone(),
     };
     let kept = graph.nodes().iter().enumerate().filter(|(number, _)| !gone[*number]);
@@ -161,9 +160,9 @@ fn may_move(graph: &Graph, first: usize, second: usize) -> bool {
     let conflicts = |node: &Node| {
         let mut conflict = false;
         node.work.visit(|other, with| {
-            conflict |= operands.iter().any(|(access, slot)| {
-                (access.writes() || other.writes()) && overlap(slot, with)
-            });
+            conflict |= operands
+                .iter()
+                .any(|(access, slot)| (access.writes() || other.writes()) && overlap(slot, with));
         });
         conflict
     };

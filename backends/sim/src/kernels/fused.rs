@@ -15,11 +15,7 @@ pub(super) fn rms_norm_quantize(op: &RmsNormQuantize<Arg>, args: &mut Args<'_>, 
     }
 }
 
-fn rms_norm_quantize_as<T: Float>(
-    op: &RmsNormQuantize<Arg>,
-    args: &mut Args<'_>,
-    ctx: &Context,
-) {
+fn rms_norm_quantize_as<T: Float>(op: &RmsNormQuantize<Arg>, args: &mut Args<'_>, ctx: &Context) {
     let (x, weight) = (args.read::<T>(&op.x), args.read::<T>(&op.weight));
     let mut residual = op.residual.as_ref().map(|r| args.write::<T>(r));
     let mut out = op.out.as_ref().map(|out| args.write::<T>(out));
