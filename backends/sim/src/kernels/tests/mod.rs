@@ -183,7 +183,7 @@ fn a_fused_op_has_the_bits_of_the_pair() {
         };
         let between = tensor(dtype, &[q.desc.dim(0), q.desc.dim(1)], |_| 0.0);
         let before: Vec<_> = written(&op).iter().map(|(_, t)| bytes(t)).collect();
-        let mut run = |ops: &[Op<SimTensor>], isa| {
+        let run = |ops: &[Op<SimTensor>], isa| {
             written(&op).iter().zip(&before).for_each(|((_, t), saved)| restore(t, saved));
             ops.iter().for_each(|op| {
                 execute(op, &Context { isa, threads: 1 }).unwrap();
