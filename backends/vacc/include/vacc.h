@@ -1,5 +1,5 @@
 /*
- * vacc.h: a C ABI for VACC-style accelerator runtimes, version 1.1.
+ * vacc.h: a C ABI for VACC-style accelerator runtimes, version 1.2.
  *
  * This is this project's own interface. It is NOT a vendor's: no name, layout or value here comes
  * from a vendor's header. A vendor's runtime is reached through a small adapter library that
@@ -81,7 +81,7 @@ extern "C" {
 #endif
 
 #define VACC_ABI_MAJOR 1u
-#define VACC_ABI_MINOR 1u
+#define VACC_ABI_MINOR 2u
 
 /* Lengths of text fields, terminator included. */
 #define VACC_NAME_LENGTH 64u
@@ -446,6 +446,8 @@ typedef struct vacc_attention_work {
 #define VACC_OP_ARGMAX 20u
 #define VACC_OP_TOP_K 21u
 #define VACC_OP_MOE_DISPATCH 22u /* since 1.1 */
+#define VACC_OP_RMS_NORM_QUANTIZE 23u /* since 1.2 */
+#define VACC_OP_SWIGLU_QUANTIZE 24u /* since 1.2 */
 
 /* Row gather: out[t] = table[rows[t] - first_row], zeros where that leaves the table.
  *
@@ -744,6 +746,38 @@ typedef struct vacc_op_top_k {
   uint32_t limit; /* Columns that count */
   uint32_t reserved_1; /* 0 */
 } vacc_op_top_k;
+
+/* VACC_OP_RMS_NORM, then VACC_OP_QUANTIZE of what it gives, bit for bit as the two would: the norm
+ * is rounded to the dtype of x before it is quantised. Since 1.2. */
+typedef struct vacc_op_rms_norm_quantize {
+  uint32_t size;
+  uint32_t reserved; /* 0 */
+  vacc_tensor x; /* read: [T, H], F32 or BF16 */
+  vacc_tensor weight; /* read: [H], as x */
+  vacc_tensor residual; /* read and written, optional: [T, H], as x: residual += x (rounded to its dtype) comes first, and the norm is that of the sum */
+  vacc_tensor out; /* written, optional: [T, H], as x: the norm, where somebody needs it besides */
+  vacc_tensor q; /* written: [T, H], F8_E4M3 */
+  vacc_tensor scales; /* written: [T, groups], F32 */
+  float eps; /* Added to the mean square */
+  uint32_t column_offset; /* As for VACC_OP_QUANTIZE */
+  uint32_t scale_format; /* How scales are rounded (VACC_SCALE_*) */
+  uint32_t reserved_1; /* 0 */
+} vacc_op_rms_norm_quantize;
+
+/* VACC_OP_SWIGLU, then VACC_OP_QUANTIZE of what it gives, bit for bit as the two would: the product
+ * is rounded to the dtype of x before it is quantised. Since 1.2. */
+typedef struct vacc_op_swiglu_quantize {
+  uint32_t size;
+  uint32_t reserved; /* 0 */
+  vacc_tensor x; /* read: [T, 2·I], F32 or BF16: gate, then up */
+  vacc_tensor row_offsets; /* read, optional: [n + 1], I32: rows from its last element on are left as they are. More than T is a data error */
+  vacc_tensor q; /* written: [T, I], F8_E4M3 */
+  vacc_tensor scales; /* written: [T, groups], F32 */
+  uint32_t column_offset; /* As for VACC_OP_QUANTIZE */
+  uint32_t scale_format; /* How scales are rounded (VACC_SCALE_*) */
+  uint32_t expected_rows; /* Rows expected to count where row_offsets is present, for cost models; 0 for all */
+  uint32_t reserved_1; /* 0 */
+} vacc_op_swiglu_quantize;
 
 
 /* ---------------------------------------------------------------------------------------------

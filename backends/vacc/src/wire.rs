@@ -460,6 +460,10 @@ descriptors! {
         Read x, Write q, Write scales, MaybeRead row_offsets;
         column_offset: u32, scale_format: ScaleFormat, expected_rows: u32
     }
+    RmsNormQuantize = VACC_OP_RMS_NORM_QUANTIZE, vacc_op_rms_norm_quantize {
+        Read x, Read weight, MaybeUpdate residual, MaybeWrite out, Write q, Write scales;
+        eps: f32, column_offset: u32, scale_format: ScaleFormat
+    }
     Dequantize = VACC_OP_DEQUANTIZE, vacc_op_dequantize {
         Read w, Read w_scales, Write out;
         grid: BlockGrid
@@ -499,6 +503,10 @@ descriptors! {
     SwiGlu = VACC_OP_SWIGLU, vacc_op_swiglu grown from row_offsets {
         Read x, Write out, MaybeRead row_offsets;
         expected_rows: u32
+    }
+    SwiGluQuantize = VACC_OP_SWIGLU_QUANTIZE, vacc_op_swiglu_quantize {
+        Read x, MaybeRead row_offsets, Write q, Write scales;
+        column_offset: u32, scale_format: ScaleFormat, expected_rows: u32
     }
     Gate = VACC_OP_GATE, vacc_op_gate {
         Read logits, MaybeRead bias, Write experts, Write weights;

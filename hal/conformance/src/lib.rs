@@ -17,6 +17,7 @@ mod collectives;
 mod copies;
 mod errors;
 mod faults;
+mod fused;
 mod lab;
 mod memory;
 pub mod op;
@@ -38,6 +39,7 @@ pub fn cases() -> Vec<Case> {
     streams::add_cases(&mut all);
     copies::add_cases(&mut all);
     ops::add_cases(&mut all);
+    fused::add_cases(&mut all);
     support::add_cases(&mut all);
     collectives::add_cases(&mut all);
     errors::add_cases(&mut all);

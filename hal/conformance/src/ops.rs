@@ -51,13 +51,13 @@ pub(crate) fn add_cases(all: &mut Vec<Case>) {
 }
 
 /// Operands on the device, each inside guards; aliases stay aliases.
-struct Placed {
-    op: Op<Tensor>,
+pub(crate) struct Placed {
+    pub(crate) op: Op<Tensor>,
     buffers: Vec<(Arc<HostMemory>, Buffer)>,
 }
 
 impl Placed {
-    fn new(stream: &dyn Stream, op: &Op<HostTensor>) -> Verdict<Placed> {
+    pub(crate) fn new(stream: &dyn Stream, op: &Op<HostTensor>) -> Verdict<Placed> {
         let mut buffers: Vec<(Arc<HostMemory>, Buffer)> = Vec::new();
         let mut known: HashMap<*const HostMemory, Buffer> = HashMap::new();
         let op = op.try_map(|t| {

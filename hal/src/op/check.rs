@@ -27,11 +27,15 @@ pub fn check(op: &Op<TensorDesc>) -> Result<(), String> {
         }
         Op::Quantize(o) => {
             let (t, k) = matrix("x", &o.x, FLOAT)?;
-            is("q", &o.q, DType::F8E4M3, &[t, k])?;
-            let grid = BlockGrid { column_offset: o.column_offset, ..BlockGrid::default() };
-            offset("column_offset", o.column_offset)?;
             row_offsets(&o.row_offsets)?;
-            is("scales", &o.scales, DType::F32, &[t, grid.scale_columns(k)])
+            quantized(&o.q, &o.scales, o.column_offset, t, k)
+        }
+        Op::RmsNormQuantize(o) => {
+            let (t, h) = matrix("x", &o.x, FLOAT)?;
+            is("weight", &o.weight, o.x.dtype(), &[h])?;
+            maybe("residual", &o.residual, o.x.dtype(), &[t, h])?;
+            maybe("out", &o.out, o.x.dtype(), &[t, h])?;
+            quantized(&o.q, &o.scales, o.column_offset, t, h)
         }
         Op::Dequantize(o) => {
             one_of("w", &o.w, &[DType::F8E4M3])?;
@@ -119,12 +123,14 @@ pub fn check(op: &Op<TensorDesc>) -> Result<(), String> {
             is("out", &o.out, o.q_latent.dtype(), &[t, h, r])
         }
         Op::SwiGlu(o) => {
-            let (t, wide) = matrix("x", &o.x, FLOAT)?;
-            if wide % 2 != 0 {
-                return Err(format!("x {:?} does not split into gate and up", o.x));
-            }
+            let (t, inner) = gate_and_up(&o.x)?;
             row_offsets(&o.row_offsets)?;
-            is("out", &o.out, o.x.dtype(), &[t, wide / 2])
+            is("out", &o.out, o.x.dtype(), &[t, inner])
+        }
+        Op::SwiGluQuantize(o) => {
+            let (t, inner) = gate_and_up(&o.x)?;
+            row_offsets(&o.row_offsets)?;
+            quantized(&o.q, &o.scales, o.column_offset, t, inner)
         }
         Op::Gate(o) => {
             let (t, e) = matrix("logits", &o.logits, &[DType::F32])?;
@@ -286,6 +292,28 @@ fn offset(name: &str, value: u32) -> Result<(), String> {
         return Ok(());
     }
     Err(format!("{name} {value} is not inside one block of {FP8_BLOCK}"))
+}
+
+/// The halves of SwiGLU's input, side by side: rows, and columns of each.
+fn gate_and_up(x: &TensorDesc) -> Result<(usize, usize), String> {
+    match matrix("x", x, FLOAT)? {
+        (rows, wide) if wide % 2 == 0 => Ok((rows, wide / 2)),
+        _ => Err(format!("x {x:?} does not split into gate and up")),
+    }
+}
+
+/// What quantisation of `[rows, columns]` writes.
+fn quantized(
+    q: &TensorDesc,
+    scales: &TensorDesc,
+    column_offset: u32,
+    rows: usize,
+    columns: usize,
+) -> Result<(), String> {
+    is("q", q, DType::F8E4M3, &[rows, columns])?;
+    offset("column_offset", column_offset)?;
+    let grid = BlockGrid { column_offset, ..BlockGrid::default() };
+    is("scales", scales, DType::F32, &[rows, grid.scale_columns(columns)])
 }
 
 /// The offsets whose last element says how many rows count.

@@ -339,6 +339,34 @@ ops! {
         expected_rows: u32,
     }
 
+    /// [`RmsNorm`], then [`Quantize`] of what it gives, bit for bit as the two would: the norm is
+    /// rounded to the dtype of `x` before it is quantised. It saves the way to memory and back
+    /// between them, which DeepSeek asks of hardware for (report, section 3.5.2, "online
+    /// quantization") and kernels of vLLM (`rms_norm_per_block_quant`) save by the same fusion.
+    RmsNormQuantize = "rms_norm_quantize" {
+        /// `[T, H]`, F32 or BF16.
+        Read x,
+        /// `[H]`, as `x`.
+        Read weight,
+        /// `[T, H]`, as `x`: `residual += x` (rounded to its dtype) comes first, and the norm is
+        /// that of the sum.
+        MaybeUpdate residual,
+        /// `[T, H]`, as `x`: the norm, where somebody needs it besides.
+        MaybeWrite out,
+        /// `[T, H]`, F8_E4M3.
+        Write q,
+        /// `[T, groups]`, F32.
+        Write scales,
+        ;
+        /// Added to the mean square.
+        #[serde(with = "exact")]
+        eps: f32,
+        /// As for [`Quantize`].
+        column_offset: u32,
+        /// How scales are rounded.
+        scale_format: ScaleFormat,
+    }
+
     /// Block dequantisation of a weight: `out = w · scale` in FP32, rounded once.
     Dequantize = "dequantize" {
         /// `[N, K]` or `[E, N, K]`, F8_E4M3.
@@ -501,6 +529,28 @@ ops! {
         /// data error.
         MaybeRead row_offsets,
         ;
+        /// Rows expected to count where `row_offsets` is present, for cost models; 0 for all.
+        expected_rows: u32,
+    }
+
+    /// [`SwiGlu`], then [`Quantize`] of what it gives, bit for bit as the two would: the product is
+    /// rounded to the dtype of `x` before it is quantised (SGLang's
+    /// `silu_and_mul_masked_post_quant_fwd`, for DeepSeek-V3's experts).
+    SwiGluQuantize = "swiglu_quantize" {
+        /// `[T, 2·I]`, F32 or BF16: gate, then up.
+        Read x,
+        /// `[n + 1]`, I32: rows from its last element on are left as they are. More than T is a
+        /// data error.
+        MaybeRead row_offsets,
+        /// `[T, I]`, F8_E4M3.
+        Write q,
+        /// `[T, groups]`, F32.
+        Write scales,
+        ;
+        /// As for [`Quantize`].
+        column_offset: u32,
+        /// How scales are rounded.
+        scale_format: ScaleFormat,
         /// Rows expected to count where `row_offsets` is present, for cost models; 0 for all.
         expected_rows: u32,
     }

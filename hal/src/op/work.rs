@@ -144,12 +144,20 @@ pub fn work(op: &Op<TensorDesc>, routing: Option<Routing>) -> Work {
             work.read_bytes = rows_of(&o.x, rows) + bytes_of(&o.row_offsets);
             work.write_bytes = rows_of(&o.q, rows) + rows_of(&o.scales, rows);
         }
+        // The operations of both; what lies between them never goes to memory.
+        Op::RmsNormQuantize(o) => work.vector_ops = (4 + 4) * elements(&o.x),
         Op::Dequantize(o) => work.vector_ops = 2 * elements(&o.w),
         Op::SwiGlu(o) => {
             let rows = counted(&o.row_offsets, o.expected_rows, &o.x);
             work.vector_ops = 8 * rows * last(&o.out);
             work.read_bytes = rows_of(&o.x, rows) + bytes_of(&o.row_offsets);
             work.write_bytes = rows_of(&o.out, rows);
+        }
+        Op::SwiGluQuantize(o) => {
+            let rows = counted(&o.row_offsets, o.expected_rows, &o.x);
+            work.vector_ops = (8 + 4) * rows * last(&o.q);
+            work.read_bytes = rows_of(&o.x, rows) + bytes_of(&o.row_offsets);
+            work.write_bytes = rows_of(&o.q, rows) + rows_of(&o.scales, rows);
         }
         Op::Gate(o) => work.vector_ops = 16 * elements(&o.logits),
         Op::MoeDispatch(o) => {
@@ -276,6 +284,59 @@ mod tests {
         // 5 rows of 16 and their weights both ways, 5 rows of experts, experts, offsets and rows.
         let expected = 2 * 5 * (16 + 2) * 4 + 5 * 2 * 4 + 4 * 2 * 4 + 3 * 4 + 4 * 2 * 4;
         assert_eq!(dispatch(5, 0).bytes(), expected);
+    }
+
+    #[test]
+    fn fused_ops_do_the_same_without_the_way_to_memory_and_back() {
+        let i = |shape: &[usize]| TensorDesc::new(DType::I32, shape);
+        let b = |shape: &[usize]| TensorDesc::new(DType::Bf16, shape);
+        let (q, scales) =
+            (TensorDesc::new(DType::F8E4M3, &[7, 256]), TensorDesc::new(DType::F32, &[7, 2]));
+        let (column_offset, scale_format, eps) = (0, ScaleFormat::Float, 1e-6);
+        let quantize = |row_offsets, expected_rows| -> Work {
+            let x = b(&[7, 256]);
+            let op =
+                Quantize { x, row_offsets, q, scales, column_offset, scale_format, expected_rows };
+            super::work(&op.into(), None)
+        };
+        let compare = |fused: Work, first: Work, second: Work, between: u64| {
+            assert_eq!(fused.vector_ops, first.vector_ops + second.vector_ops);
+            assert_eq!(fused.bytes() + between, first.bytes() + second.bytes());
+        };
+        let (x, weight, residual) = (b(&[7, 256]), b(&[256]), Some(b(&[7, 256])));
+        let norm = super::work(&RmsNorm { x, weight, residual, out: x, eps }.into(), None);
+        for (out, between) in [(None, 2 * x.bytes()), (Some(x), x.bytes())] {
+            let fused = RmsNormQuantize {
+                x,
+                weight,
+                residual,
+                out,
+                q,
+                scales,
+                eps,
+                column_offset,
+                scale_format,
+            };
+            compare(super::work(&fused.into(), None), norm, quantize(None, 0), between);
+        }
+        for (row_offsets, expected_rows, rows) in [(None, 0, 7), (Some(i(&[4])), 3, 3)] {
+            let (x, out) = (b(&[7, 512]), b(&[7, 256]));
+            let swiglu = SwiGlu { x, out, row_offsets, expected_rows };
+            let fused = SwiGluQuantize {
+                x,
+                row_offsets,
+                q,
+                scales,
+                column_offset,
+                scale_format,
+                expected_rows,
+            };
+            // The row offsets are read once, not twice.
+            let between = 2 * rows * 256 * 2 + bytes_of(&row_offsets);
+            let second = quantize(row_offsets, expected_rows);
+            let fused = super::work(&fused.into(), None);
+            compare(fused, super::work(&swiglu.into(), None), second, between);
+        }
     }
 
     #[test]

@@ -158,7 +158,8 @@ fn largest_workspace(
     };
     let key = ProgramKey { module: Module::Main, shapes: vec![shape; split] };
     let inputs = ModelInputs { config, numerics: options.numerics, rank, weights };
-    let Some((graph, schedule)) = plan_program(inputs, &key) else { return (0, 0) };
+    // Without fused ops, whatever the device has: they only take values away.
+    let Some((graph, schedule)) = plan_program(inputs, &key, &|_| false) else { return (0, 0) };
     let host = graph
         .values()
         .iter()

@@ -70,6 +70,9 @@ pub struct EngineOptions {
     pub mtp: bool,
     /// What may hide behind what.
     pub overlap: Overlap,
+    /// Whether norms and SwiGLUs run in one op with the quantisation of what they give, where the
+    /// device has such ops. Results are the same to the bit.
+    pub fuse: bool,
     /// How long a step may take on the host before it counts as hanging.
     pub timeout: Duration,
 }
@@ -85,6 +88,7 @@ impl Default for EngineOptions {
             vocabulary: None,
             mtp: false,
             overlap: Overlap::None,
+            fuse: true,
             timeout: Duration::from_secs(600),
         }
     }

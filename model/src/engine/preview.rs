@@ -24,7 +24,8 @@ pub enum StepKind {
     },
 }
 
-/// A rank's graph of a step and its schedule, from the configuration alone.
+/// A rank's graph of a step and its schedule, from the configuration alone, on a device that has
+/// every fused op.
 pub fn preview(
     config: &ModelConfig,
     plan: &ParallelPlan,
@@ -69,5 +70,5 @@ pub fn preview(
     };
     let key = ProgramKey { module: Module::Main, shapes: (0..parts).map(shape).collect() };
     let inputs = ModelInputs { config, numerics: options.numerics, rank: &rank, weights: &weights };
-    plan_program(inputs, &key).unwrap_or_default()
+    plan_program(inputs, &key, &|_| options.fuse).unwrap_or_default()
 }

@@ -1,12 +1,11 @@
 //! A schedule bound to a rank's memory: commands that are ready to submit, again and again.
 
 use super::rank::Rank;
-use super::{EngineError, Overlap};
+use super::{EngineError, EngineOptions, Overlap};
 use crate::config::ModelConfig;
 use crate::graph::{
     self, Form, Graph, Input, MicroBatch, ModelInputs, Output, Source, StepShape, ValueId, Work,
 };
-use crate::numerics::Numerics;
 use crate::schedule::{self, COMPUTE, Event, Item, Lane, Schedule};
 use hal::op::AttentionWork;
 use hal::{
@@ -64,15 +63,24 @@ pub(super) struct Program {
     workspace: Option<Buffer>,
 }
 
+/// Which fused ops a rank's device has.
+pub(super) type Supports<'a> = &'a dyn Fn(&Op<TensorDesc>) -> bool;
+
 /// A rank's graph of a step and its schedule. `None` where the MTP module is asked for and the
 /// model has none.
-pub(super) fn plan(inputs: ModelInputs<'_>, key: &ProgramKey) -> Option<(Graph, Schedule)> {
+pub(super) fn plan(
+    inputs: ModelInputs<'_>,
+    key: &ProgramKey,
+    supports: Supports<'_>,
+) -> Option<(Graph, Schedule)> {
     let mut graphs = Vec::with_capacity(key.shapes.len());
     for (micro_batch, &shape) in key.shapes.iter().enumerate() {
-        graphs.push(match key.module {
+        let graph = match key.module {
             Module::Main => graph::main_model(inputs, shape, micro_batch),
             Module::Mtp => graph::mtp_module(inputs, shape)?,
-        });
+        };
+        // Before micro-batches are interleaved, pairs are neighbours still.
+        graphs.push(schedule::fuse(graph, supports));
     }
     let graph = match <[Graph; 1]>::try_from(graphs) {
         Ok([graph]) => graph,
@@ -188,7 +196,7 @@ impl Rank {
     pub(super) fn program(
         &mut self,
         config: &ModelConfig,
-        numerics: Numerics,
+        options: &EngineOptions,
         key: &ProgramKey,
         hidden: Option<&Tensor>,
     ) -> Result<Program, EngineError> {
@@ -197,8 +205,11 @@ impl Rank {
         {
             return Ok(program);
         }
+        let numerics = options.numerics;
         let inputs = ModelInputs { config, numerics, rank: &self.plan, weights: &self.weight_plan };
-        let (graph, schedule) = plan(inputs, key).ok_or(EngineError::NoMtp)?;
+        let supports =
+            |op: &Op<TensorDesc>| options.fuse && self.device.supports(op).is_supported();
+        let (graph, schedule) = plan(inputs, key, &supports).ok_or(EngineError::NoMtp)?;
         self.reserve_workspace(schedule.arena.size)?;
         self.open_lanes(schedule.lanes)?;
         let mut layout = Vec::new();

@@ -331,7 +331,7 @@ impl Engine {
                 .and_then(|h| h.on.get(&run.rank))
                 .map(|h| h.narrowed(0, 0, tokens.min(h.desc().dim(0))));
             let mut program =
-                rank.program(&self.config, self.options.numerics, &run.key, hidden.as_ref())?;
+                rank.program(&self.config, &self.options, &run.key, hidden.as_ref())?;
             program.send(&**rank.lane(COMPUTE), |part, input| parts[part].inputs(input))?;
             let work: Vec<_> = parts.iter().map(Batch::work).collect();
             program.begin(&work);

@@ -172,6 +172,10 @@ pub(crate) struct ParallelArgs {
     /// one's collectives hide behind the other's computation.
     #[arg(long, value_enum, default_value = "none")]
     pub(crate) overlap: Overlap,
+    /// Issue norms, SwiGLUs and the quantisation of what they give one by one, even where the
+    /// device has one op for both. Results are the same to the bit.
+    #[arg(long)]
+    pub(crate) no_fusion: bool,
 }
 
 impl ParallelArgs {

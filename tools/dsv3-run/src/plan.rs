@@ -54,6 +54,7 @@ pub(crate) fn run(args: &PlanArgs) -> anyhow::Result<()> {
         max_sequences: args.max_num_seqs,
         prefill_chunk: args.prefill_chunk.max(1),
         overlap: args.parallel.overlap.into(),
+        fuse: !args.parallel.no_fusion,
         ..EngineOptions::default()
     };
     if options.max_model_len > limit {

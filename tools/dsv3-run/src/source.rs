@@ -107,6 +107,7 @@ impl Source {
             vocabulary: self.tokenizer.as_ref().map(Tokenizer::vocab_size),
             mtp,
             overlap: args.parallel.overlap.into(),
+            fuse: !args.parallel.no_fusion,
             timeout: args.step_timeout(),
             ..EngineOptions::default()
         };

@@ -10,6 +10,7 @@ mod attention;
 mod batched;
 mod cache;
 mod dispatch;
+mod fused;
 mod linear;
 mod moe;
 mod number;
@@ -63,6 +64,7 @@ pub(crate) fn run(op: &Op<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<Ou
         Op::GatherRows(op) => rowwise::gather_rows(op, args)?,
         Op::RmsNorm(op) => rowwise::rms_norm(op, args, ctx),
         Op::Quantize(op) => rowwise::quantize(op, args, ctx)?,
+        Op::RmsNormQuantize(op) => fused::rms_norm_quantize(op, args, ctx),
         Op::Dequantize(op) => rowwise::dequantize(op, args, ctx),
         Op::Linear(op) => linear::linear(op, args, ctx),
         Op::BatchedLinear(op) => batched::batched_linear(op, args, ctx),
@@ -72,6 +74,7 @@ pub(crate) fn run(op: &Op<Arg>, args: &mut Args<'_>, ctx: &Context) -> Result<Ou
         Op::MlaPrefill(op) => attention::prefill(op, args, ctx)?,
         Op::MlaDecode(op) => attention::decode(op, args, ctx)?,
         Op::SwiGlu(op) => rowwise::swiglu(op, args, ctx)?,
+        Op::SwiGluQuantize(op) => fused::swiglu_quantize(op, args, ctx)?,
         Op::Gate(op) => moe::gate(op, args),
         Op::MoeDispatch(op) => dispatch::dispatch(op, args)?,
         Op::MoePermute(op) => moe::permute(op, args)?,

@@ -105,20 +105,31 @@ fn rms_norm_as<T: Float>(op: &RmsNorm<Arg>, args: &mut Args<'_>, ctx: &Context) 
     let (x, weight) = (args.read::<T>(&op.x), args.read::<T>(&op.weight));
     let mut residual = op.residual.as_ref().map(|r| args.write::<T>(r));
     let mut out = args.write::<T>(&op.out);
-    let width = op.x.desc.dim(1) as f32;
     for t in 0..op.x.desc.dim(0) {
-        let row = match &mut residual {
-            Some(residual) => {
-                let row = residual.row(t);
-                accumulate(ctx.isa, x.row(t), row);
-                row
-            }
-            None => x.row(t),
-        };
-        let mean = square_sum(ctx.isa, row) / width;
-        let factor = 1.0 / (mean + op.eps).sqrt();
-        normalize(ctx.isa, row, factor, weight.data, out.row(t));
+        let residual = residual.as_mut().map(|r| r.row(t));
+        norm_row(x.row(t), weight.data, residual, op.eps, out.row(t), ctx);
     }
+}
+
+/// One row of [`RmsNorm`].
+pub(super) fn norm_row<T: Float>(
+    x: &[T],
+    weight: &[T],
+    residual: Option<&mut [T]>,
+    eps: f32,
+    out: &mut [T],
+    ctx: &Context,
+) {
+    let row = match residual {
+        Some(residual) => {
+            accumulate(ctx.isa, x, residual);
+            residual
+        }
+        None => x,
+    };
+    let mean = square_sum(ctx.isa, row) / x.len() as f32;
+    let factor = 1.0 / (mean + eps).sqrt();
+    normalize(ctx.isa, row, factor, weight, out);
 }
 
 kernel! {
@@ -183,17 +194,27 @@ fn quantize_as<T: Float>(
     let rows = counted_rows(op.row_offsets.as_ref(), op.x.desc.dim(0), args)?;
     let x = args.read::<T>(&op.x);
     let (mut q, mut scales) = (args.write::<u8>(&op.q), args.write::<f32>(&op.scales));
-    let grid = BlockGrid { column_offset: op.column_offset, ..BlockGrid::default() };
-    let columns = op.x.desc.dim(1);
     for t in 0..rows {
-        let (row, q) = (x.row(t), q.row(t));
-        for (group, scale) in scales.row(t).iter_mut().enumerate() {
-            let range = grid.group_columns(group, columns);
-            *scale = group_scale(largest(ctx.isa, &row[range.clone()]), op.scale_format);
-            encode(ctx.isa, &row[range.clone()], *scale, &mut q[range]);
-        }
+        let groups = (op.column_offset, op.scale_format);
+        quantize_row(x.row(t), groups, q.row(t), scales.row(t), ctx);
     }
     Ok(())
+}
+
+/// One row of [`Quantize`], with its column offset and its format of scales.
+pub(super) fn quantize_row<T: Float>(
+    row: &[T],
+    (column_offset, format): (u32, ScaleFormat),
+    q: &mut [u8],
+    scales: &mut [f32],
+    ctx: &Context,
+) {
+    let grid = BlockGrid { column_offset, ..BlockGrid::default() };
+    for (group, scale) in scales.iter_mut().enumerate() {
+        let range = grid.group_columns(group, row.len());
+        *scale = group_scale(largest(ctx.isa, &row[range.clone()]), format);
+        encode(ctx.isa, &row[range.clone()], *scale, &mut q[range]);
+    }
 }
 
 /// See [`Dequantize`].
@@ -259,10 +280,15 @@ fn swiglu_as<T: Float>(op: &SwiGlu<Arg>, args: &mut Args<'_>, ctx: &Context) -> 
     let x = args.read::<T>(&op.x);
     let mut out = args.write::<T>(&op.out);
     for t in 0..rows {
-        let (gate, up) = x.row(t).split_at(op.out.desc.dim(1));
-        gated(ctx.isa, gate, up, out.row(t));
+        swiglu_row(x.row(t), out.row(t), ctx);
     }
     Ok(())
+}
+
+/// One row of [`SwiGlu`].
+pub(super) fn swiglu_row<T: Float>(x: &[T], out: &mut [T], ctx: &Context) {
+    let (gate, up) = x.split_at(out.len());
+    gated(ctx.isa, gate, up, out);
 }
 
 /// See [`Add`].

@@ -187,6 +187,37 @@ fn add_rowwise(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DT
             };
             add("quantize", quantize.into());
         }
+        for (number, (column_offset, scale_format)) in
+            [(0, ScaleFormat::Float), (0, ScaleFormat::PowerOfTwo), (65, ScaleFormat::Float)]
+                .into_iter()
+                .enumerate()
+        {
+            let grid = BlockGrid { column_offset, ..BlockGrid::default() };
+            let q = |m: &mut Maker| m.random_of(DType::F8E4M3, &[t, h]);
+            let scales = |m: &mut Maker| m.scales(&[t, grid.scale_columns(h)]);
+            let fused = RmsNormQuantize {
+                x: m.strided(t, h),
+                weight: m.random(&[h]),
+                residual: (number > 0).then(|| m.strided(t, h)),
+                out: (number != 1).then(|| m.strided(t, h)),
+                q: q(m),
+                scales: scales(m),
+                eps: 1e-6,
+                column_offset,
+                scale_format,
+            };
+            add("rms_norm_quantize", fused.into());
+            let fused = SwiGluQuantize {
+                x: m.strided(t, 2 * h),
+                row_offsets: (number > 0).then(|| ints(&[0, t as i32 - t as i32 / 3])),
+                q: q(m),
+                scales: scales(m),
+                column_offset,
+                scale_format,
+                expected_rows: 0,
+            };
+            add("swiglu_quantize", fused.into());
+        }
         let grid = BlockGrid { row_offset: 1, column_offset: 2, segments: 2 };
         let w = m.random_of(DType::F8E4M3, &[2, 2 * t, h]);
         let w_scales = m.scales(&[2, grid.scale_rows(2 * t), grid.scale_columns(h)]);

@@ -81,6 +81,18 @@ pub fn hostile() -> Vec<(&'static str, Op<HostTensor>, &'static str)> {
         }
         .into()
     };
+    let gated_quantize = |last: i32| -> Op<HostTensor> {
+        SwiGluQuantize {
+            x: f(&[2, 8]),
+            row_offsets: Some(ints(&[last])),
+            q: tensor(DType::F8E4M3, &[2, 4], |_| 1.0),
+            scales: f(&[2, 1]),
+            column_offset: 0,
+            scale_format: ScaleFormat::Float,
+            expected_rows: 0,
+        }
+        .into()
+    };
     let write = |slot: i32| -> Op<HostTensor> {
         let (latent, k_rope) = (f(&[1, 3]), f(&[1, 2]));
         CacheWrite { latent, k_rope, slots: ints(&[slot]), cache: f(&[4, 2, 5]) }.into()
@@ -122,6 +134,7 @@ pub fn hostile() -> Vec<(&'static str, Op<HostTensor>, &'static str)> {
         ("gated rows beyond", swiglu(3), "end at 3"),
         ("negative gated rows", swiglu(-1), "end at -1"),
         ("quantised rows beyond", quantize(3), "end at 3"),
+        ("gated and quantised rows beyond", gated_quantize(3), "end at 3"),
         ("expert to dispatch", dispatch(&[0, 1, 2, 4], None, 4, 2), "expert 4 of token 1"),
         ("tokens to dispatch", dispatch(&[0, 1, 2, 3], None, 4, 3), "end at 3"),
         (

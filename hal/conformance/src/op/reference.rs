@@ -1,8 +1,12 @@
 //! Every op in plain f64, written from its documentation and from nothing else: no lanes, no tiles,
 //! no care for speed.
 
+use super::cases::tensor;
 use super::host::HostTensor;
-use hal::op::{BlockGrid, FP8_BLOCK, MoeDispatch, ScaleFormat};
+use hal::op::{
+    BlockGrid, FP8_BLOCK, MoeDispatch, Quantize, RmsNorm, RmsNormQuantize, ScaleFormat, SwiGlu,
+    SwiGluQuantize,
+};
 use hal::{DType, Op, TensorDesc};
 use half::bf16;
 use std::sync::LazyLock;
@@ -211,6 +215,38 @@ pub fn run(op: &Op<HostTensor>) -> Vec<Vec<f64>> {
                 }
             }
             vec![padded(q, &o.q), padded(scales, &o.scales)]
+        }
+        Op::RmsNormQuantize(o) => {
+            let x = o.x.clone();
+            let (dtype, shape) = (x.desc.dtype(), [x.desc.dim(0), x.desc.dim(1)]);
+            let out = tensor(dtype, &shape, |_| 0.0);
+            let (weight, residual, eps) = (o.weight.clone(), o.residual.clone(), o.eps);
+            let mut results = run(&RmsNorm { x, weight, residual, out, eps }.into());
+            let normed = results.last().map_or(&[][..], |v| v);
+            let x = tensor(dtype, &shape, |i| normed[i]);
+            if o.out.is_none() {
+                results.pop();
+            }
+            let (q, scales) = (o.q.clone(), o.scales.clone());
+            let RmsNormQuantize { column_offset, scale_format, .. } = *o;
+            let (row_offsets, expected_rows) = (None, 0);
+            let quantize =
+                Quantize { x, row_offsets, q, scales, column_offset, scale_format, expected_rows };
+            results.extend(run(&quantize.into()));
+            results
+        }
+        Op::SwiGluQuantize(o) => {
+            let x = o.x.clone();
+            let (dtype, shape) = (x.desc.dtype(), [x.desc.dim(0), x.desc.dim(1) / 2]);
+            let out = tensor(dtype, &shape, |_| 0.0);
+            let SwiGluQuantize { column_offset, scale_format, expected_rows, .. } = *o;
+            let row_offsets = o.row_offsets.clone();
+            let gated = run(&SwiGlu { x, out, row_offsets, expected_rows }.into());
+            let x = tensor(dtype, &shape, |i| gated[0][i]);
+            let (q, scales, row_offsets) = (o.q.clone(), o.scales.clone(), o.row_offsets.clone());
+            let quantize =
+                Quantize { x, row_offsets, q, scales, column_offset, scale_format, expected_rows };
+            run(&quantize.into())
         }
         Op::Dequantize(o) => {
             let (w, scales) = (get(&o.w), get(&o.w_scales));

@@ -3,7 +3,7 @@
 use super::{Args, Context, Isa, run};
 use crate::memory::{Guards, Memory, SimTensor, args, spans};
 use conformance::op::{self, HostMemory, HostTensor, Rng, reference, written};
-use hal::op::{Access, BlockGrid, Gate, Linear};
+use hal::op::{Access, BlockGrid, Gate, Linear, Quantize, RmsNorm, SwiGlu};
 use hal::{DType, DeviceId, Op, OpKind};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -71,7 +71,8 @@ fn every_op_agrees_with_f64() {
         let outputs = written(&op);
         assert_eq!(outputs.len(), expected.len(), "{name}");
         for ((operand, tensor), expected) in outputs.into_iter().zip(expected) {
-            let compared = op::compare(tensor.desc.dtype(), &values(tensor), &expected);
+            let dtype = tensor.desc.dtype();
+            let compared = op::compare_output(op.kind(), dtype, &values(tensor), &expected);
             compared.unwrap_or_else(|e| panic!("{name}: {operand}{e}"));
         }
     }
@@ -133,6 +134,70 @@ fn nothing_is_written_outside_the_outputs() {
             assert!(aliased(t) || bytes(t) == before, "{name}: {operand} is only read");
         }
     }
+}
+
+/// The two ops that a fused one stands for; the first writes to `between`.
+fn pair(op: &Op<SimTensor>, between: SimTensor) -> Option<[Op<SimTensor>; 2]> {
+    let x = between.clone();
+    Some(match op.clone() {
+        Op::RmsNormQuantize(o) => {
+            let out = between;
+            let norm = RmsNorm { x: o.x, weight: o.weight, residual: o.residual, out, eps: o.eps };
+            let quantize = Quantize {
+                x,
+                row_offsets: None,
+                q: o.q,
+                scales: o.scales,
+                column_offset: o.column_offset,
+                scale_format: o.scale_format,
+                expected_rows: 0,
+            };
+            [norm.into(), quantize.into()]
+        }
+        Op::SwiGluQuantize(o) => {
+            let (out, row_offsets) = (between, o.row_offsets.clone());
+            let swiglu = SwiGlu { x: o.x, out, row_offsets, expected_rows: 0 };
+            let quantize = Quantize {
+                x,
+                row_offsets: o.row_offsets,
+                q: o.q,
+                scales: o.scales,
+                column_offset: o.column_offset,
+                scale_format: o.scale_format,
+                expected_rows: 0,
+            };
+            [swiglu.into(), quantize.into()]
+        }
+        _ => return None,
+    })
+}
+
+#[test]
+fn a_fused_op_has_the_bits_of_the_pair() {
+    let mut compared = 0;
+    for (name, _, op) in cases() {
+        let (q, dtype, kept) = match &op {
+            Op::RmsNormQuantize(o) => (&o.q, o.x.desc.dtype(), o.out.clone()),
+            Op::SwiGluQuantize(o) => (&o.q, o.x.desc.dtype(), None),
+            _ => continue,
+        };
+        let between = tensor(dtype, &[q.desc.dim(0), q.desc.dim(1)], |_| 0.0);
+        let before: Vec<_> = written(&op).iter().map(|(_, t)| bytes(t)).collect();
+        let run = |ops: &[Op<SimTensor>], isa| {
+            written(&op).iter().zip(&before).for_each(|((_, t), saved)| restore(t, saved));
+            ops.iter().for_each(|op| {
+                execute(op, &Context { isa, threads: 1 }).unwrap();
+            });
+            written(&op).iter().map(|(_, t)| bytes(t)).collect::<Vec<_>>()
+        };
+        let pair = pair(&op, kept.unwrap_or(between)).expect("it is a fused op");
+        let expected = run(&pair, Isa::Portable);
+        for isa in Isa::available() {
+            assert_eq!(run(std::slice::from_ref(&op), isa), expected, "{name} on {isa:?}");
+            compared += 1;
+        }
+    }
+    assert!(compared > 0, "there are cases");
 }
 
 /// A linear op over some rows of the same activations.
