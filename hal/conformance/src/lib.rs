@@ -19,6 +19,7 @@ mod copies;
 mod errors;
 mod faults;
 mod lab;
+mod lists;
 mod memory;
 pub mod op;
 mod ops;
@@ -43,6 +44,7 @@ pub fn cases() -> Vec<Case> {
     collectives::add_cases(&mut all);
     errors::add_cases(&mut all);
     faults::add_cases(&mut all);
+    lists::add_cases(&mut all);
     all
 }
 

@@ -67,6 +67,9 @@ pub struct EngineOptions {
     pub mtp: bool,
     /// What may hide behind what.
     pub overlap: Overlap,
+    /// Issue every command of a step by itself, rather than each rank's commands as one
+    /// [`hal::CommandList`]. Values are the same; the host takes longer.
+    pub enforce_eager: bool,
     /// How long a step may take on the host before it counts as hanging.
     pub timeout: Duration,
 }
@@ -82,6 +85,7 @@ impl Default for EngineOptions {
             vocabulary: None,
             mtp: false,
             overlap: Overlap::None,
+            enforce_eager: false,
             timeout: Duration::from_secs(600),
         }
     }

@@ -105,6 +105,7 @@ impl Source {
             vocabulary: self.tokenizer.as_ref().map(Tokenizer::vocab_size),
             mtp,
             overlap: args.parallel.overlap.into(),
+            enforce_eager: args.parallel.enforce_eager,
             timeout: args.step_timeout(),
             ..EngineOptions::default()
         };
