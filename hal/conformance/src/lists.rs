@@ -9,8 +9,8 @@ use crate::lab::{
 use crate::run::Case;
 use hal::op::{AttentionWork, MlaDecode};
 use hal::{
-    Clock, Collective, Command, CommandList, DType, Entry, Error, ListAction, Op, Operand, Point,
-    Reduction, Stream, Tensor, TensorDesc, WaitFor,
+    Clock, Collective, Command, CommandList, DType, Entry, Error, ListAction, Op, Point, Reduction,
+    Stream, Tensor, TensorDesc, WaitFor,
 };
 use std::sync::Arc;
 
