@@ -1,8 +1,8 @@
 //! Devices: one die each.
 
 use crate::{
-    Buffer, Communicator, CommunicatorId, Op, Result, Stream, TensorDesc, fault::FaultPlan,
-    topology::DiePlacement, trace::TraceSink,
+    Buffer, CommandList, Communicator, CommunicatorId, Op, Result, Stream, TensorDesc,
+    fault::FaultPlan, topology::DiePlacement, trace::TraceSink,
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -125,6 +125,26 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// Creates a stream. The label appears in traces and errors.
     #[doc(alias = "cudaStreamCreate")]
     fn stream(&self, label: &str) -> Result<Arc<dyn Stream>>;
+
+    /// Submits every command of a list, each to the stream of `streams` that its entry names, as if
+    /// one by one in the list's order; a device that has lists of its own takes them all at the
+    /// host's cost of one call. This default issues them one by one.
+    ///
+    /// # Threads
+    ///
+    /// As with submitting to each of the streams: one thread at a time on each. Two threads may
+    /// launch one list on different streams.
+    ///
+    /// # Errors
+    ///
+    /// What the stream's own method returns for the first command that is refused; the error names
+    /// that command. Those before it were submitted and run, it and those after it were not. If
+    /// the streams do not fit the list ([`CommandList::check_streams`]), nothing was submitted.
+    /// A command that fails while it runs poisons its stream as always.
+    #[doc(alias = "cudaGraphLaunch")]
+    fn execute(&self, list: &CommandList, streams: &[Arc<dyn Stream>]) -> Result<()> {
+        list.issue(self.properties().id, streams)
+    }
 
     /// Allocates pinned host memory, which copies reach without staging.
     ///

@@ -28,6 +28,7 @@
 //! | [`Buffer`] from [`Stream::alloc`] | `cudaMallocAsync` / `cudaFreeAsync` |
 //! | [`Buffer`] from [`Device::alloc_host`] | `cudaMallocHost` |
 //! | [`Op`] through [`Stream::submit`] | a kernel launch, or a cuBLAS/DeepGEMM/FlashMLA call |
+//! | [`CommandList`] through [`Device::execute`] | a captured `cudaGraph_t` through `cudaGraphLaunch` |
 //! | [`Communicator`] | `ncclComm_t` |
 //! | a batch of [`Collective`]s | `ncclGroupStart` … `ncclGroupEnd` |
 //! | [`Topology`] | what `nvidia-smi topo -m` prints |
@@ -39,6 +40,7 @@ mod dtype;
 mod error;
 pub mod fault;
 pub mod hazard;
+mod list;
 mod null;
 pub mod op;
 mod stream;
@@ -54,6 +56,7 @@ pub use collective::{
 pub use device::{Clock, Device, DeviceId, DeviceProperties, MemoryInfo, Support};
 pub use dtype::DType;
 pub use error::{Cause, Error, Failure, Result, UsageError};
+pub use list::{CommandList, Entry, ListAction, ListError, ListPoints, WaitFor};
 pub use null::NullDevice;
 pub use op::{Op, OpKind};
 pub use stream::{Command, Label, Point, Stream, StreamId, Timeline, Timestamp};

@@ -196,3 +196,31 @@ fn simulated_time_of_many_ranks_depends_on_the_program_alone() {
     assert_eq!(run(3), timing);
     assert_eq!(run(2), timing);
 }
+
+#[test]
+fn recorded_and_eager_issue_give_the_same_bits() {
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    for (plan, overlap) in [
+        (ParallelOptions::default(), Overlap::None),
+        (tp(4), Overlap::TwoBatch),
+        (pp(2, 2), Overlap::None),
+        (ep(2, 2), Overlap::TwoBatch),
+    ] {
+        let [recorded, eager] = [false, true].map(|enforce_eager| {
+            let base = EngineOptions {
+                max_sequences: 3,
+                prefill_chunk: 7,
+                page_size: 16,
+                overlap,
+                ..options(Numerics::Fp8)
+            };
+            let mut engine = load(&tiny_dir(), plan, EngineOptions { enforce_eager, ..base });
+            outcome(&mut engine, [&PROMPT, &OTHER])
+        });
+        let name = format!("{plan:?} {overlap:?}");
+        assert_eq!(bits(&recorded.logits), bits(&eager.logits), "{name}");
+        assert_eq!(recorded.mtp.as_deref().map(bits), eager.mtp.as_deref().map(bits), "{name}");
+        assert_eq!(bits(&recorded.decoded), bits(&eager.decoded), "{name}");
+        assert_eq!(recorded.text, eager.text, "{name}");
+    }
+}

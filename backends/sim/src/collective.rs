@@ -10,7 +10,7 @@ mod reduce;
 
 use crate::cost::Cost;
 use crate::memory::{BorrowError, Guards, Memory, SimTensor, Slot, Span};
-use crate::stream::{Held, StreamShared, Touch, Work};
+use crate::stream::{Held, Launch, StreamShared, Touch, Work};
 use crate::system::Shared;
 use exchange::{Part, Shape};
 use hal::op::Access;
@@ -369,6 +369,7 @@ impl SimCommunicator {
     }
 
     /// Queues this rank's batch on a stream; `placed` is the same batch over the simulator's memory.
+    #[expect(clippy::too_many_arguments, reason = "a batch, its memory, and how it is submitted")]
     pub(crate) fn submit(
         &self,
         stream: &Arc<StreamShared>,
@@ -377,6 +378,7 @@ impl SimCommunicator {
         batch: &[Collective],
         placed: &[Collective<SimTensor>],
         touches: &[Touch<'_>],
+        launch: &Launch,
     ) -> Result<()> {
         let misuse = |problem| Error::misuse(self.device, kind.name(), label, problem);
         hal::collective::check(batch, self.rank, self.group.size).map_err(misuse)?;
@@ -384,7 +386,7 @@ impl SimCommunicator {
         let peer_to_peer = parts.iter().any(Part::is_peer_to_peer);
         self.status()?;
         stream.takes_part_in(&self.group);
-        let admitted = stream.admit(kind, label, touches).inspect_err(|error| {
+        let admitted = stream.admit(kind, label, touches, launch).inspect_err(|error| {
             // This rank will not take part: nobody shall wait for it.
             if !matches!(error, Error::Usage(_)) {
                 self.group.fail(error.clone());

@@ -4,13 +4,14 @@ use crate::collective::{Group, SimCommunicator};
 use crate::kernels;
 use crate::machine::Machine;
 use crate::memory::{ALIGNMENT, Memory};
-use crate::stream::{SimStream, StreamShared};
+use crate::stream::{SimStream, StreamShared, execute};
 use crate::system::{Mode, Shared};
 use hal::fault::FaultPlan;
 use hal::trace::TraceSink;
 use hal::{
-    Buffer, Clock, Communicator, CommunicatorId, Device, DeviceId, DeviceProperties, Error,
-    Location, MemoryInfo, Op, RawBuffer, Result, Stream, StreamId, Support, TensorDesc, Topology,
+    Buffer, Clock, CommandList, Communicator, CommunicatorId, Device, DeviceId, DeviceProperties,
+    Error, Location, MemoryInfo, Op, RawBuffer, Result, Stream, StreamId, Support, TensorDesc,
+    Topology,
 };
 use parking_lot::{Mutex, RwLock};
 use std::any::Any;
@@ -249,6 +250,11 @@ impl Device for SimDevice {
         let stream = Arc::new(StreamShared::new(self.shared.clone(), id, label));
         streams.push(Arc::downgrade(&stream));
         Ok(Arc::new(SimStream::new(stream)))
+    }
+
+    fn execute(&self, list: &CommandList, streams: &[Arc<dyn Stream>]) -> Result<()> {
+        list.check_streams(self.id, streams)?;
+        execute(&self.shared, list, streams)
     }
 
     fn alloc_host(&self, bytes: u64) -> Result<Buffer> {

@@ -13,6 +13,7 @@
  *   3. Library, devices   8. Ops: launch, support   13. Profiling      (optional)
  *   4. Memory             9. Timelines              14. Telemetry      (optional)
  *   5. Streams           10. Topology               15. Fault injection (optional)
+ *                                                  16. Command lists   (optional)
  *
  *
  * 1. CONVENTIONS
@@ -1079,6 +1080,51 @@ typedef struct vacc_fault_rule {
  * Errors: BAD_HANDLE, INVALID_ARGUMENT (null with a count, a text that is not UTF-8), STRUCT_SIZE,
  * UNSUPPORTED (an action that is not known). */
 vacc_status vacc_device_set_faults(vacc_device device, const vacc_fault_rule *rules, uint32_t count);
+
+/* ---------------------------------------------------------------------------------------------
+ * 16. COMMAND LISTS (OPTIONAL; since 1.2)
+ *
+ * A step of a model issues the same commands of several streams again and again. A list gives all
+ * of them to the library in one call. The library keeps nothing of a list: what changes from one
+ * launch to the next (the work of an attention op) is changed in the caller's entries. What cannot
+ * launch lists is given the same commands one by one.
+ */
+
+#define VACC_LIST_LAUNCH 1u      /* as vacc_stream_launch: op, descriptor, label */
+#define VACC_LIST_COLLECTIVES 2u /* as vacc_comm_submit: comm, batch, count (not 0), label */
+#define VACC_LIST_FILL 3u        /* as vacc_stream_fill: region, byte */
+#define VACC_LIST_WAIT 4u        /* as vacc_stream_wait, for entry `wait` of the list, or START */
+
+/* Waits for what was submitted to streams[0] before the list; from another stream only. */
+#define VACC_LIST_START UINT64_MAX
+
+typedef struct vacc_list_entry {
+  uint32_t size;
+  uint32_t action; /* VACC_LIST_*; what an action does not use is zero */
+  uint32_t stream; /* which of the streams of the launch */
+  uint32_t op;     /* LAUNCH: VACC_OP_* */
+  const void *descriptor; /* LAUNCH: the op's vacc_op_* */
+  vacc_comm comm;         /* COLLECTIVES */
+  const vacc_collective *batch;
+  uint32_t count;
+  uint32_t byte; /* FILL: 0 to 255 */
+  vacc_region region;
+  uint64_t wait; /* WAIT: the number of an earlier entry that is on another stream, or START */
+  const char *label;
+  uint64_t label_length;
+} vacc_list_entry;
+
+/* OPTIONAL. SUBMITS to each of the streams, which are distinct and of this device. Submits the
+ * entries in order, each as one command of its stream, as if by the function that its action
+ * names. Entries, descriptors, batches and labels may be reused when the call returns.
+ * When an entry is refused, those before it have been submitted, it and those after it have not;
+ * the error is that of the function which its action names, and tells about that command.
+ * Errors: those of the functions that the actions name; INVALID_ARGUMENT also for a wait for
+ * anything but an earlier entry of another stream, an empty batch, a stream that the launch does not
+ * have; UNSUPPORTED for an action not known. Where the streams are at fault (null, twice, of another
+ * device, BAD_HANDLE, CONCURRENT_USE) nothing was submitted. */
+vacc_status vacc_list_launch(vacc_device device, const vacc_stream *streams, uint32_t stream_count,
+                             const vacc_list_entry *entries, uint32_t count);
 
 #ifdef __cplusplus
 }

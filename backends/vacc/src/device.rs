@@ -10,8 +10,8 @@ use crate::wire;
 use hal::fault::{FaultAction, FaultPlan, FaultRule};
 use hal::trace::{Span, TraceSink};
 use hal::{
-    Buffer, Communicator, CommunicatorId, Device, DeviceId, DeviceProperties, DiePlacement, Error,
-    Label, MemoryInfo, Op, Result, Stream, StreamId, Support, TensorDesc,
+    Buffer, CommandList, Communicator, CommunicatorId, Device, DeviceId, DeviceProperties,
+    DiePlacement, Error, Label, MemoryInfo, Op, Result, Stream, StreamId, Support, TensorDesc,
 };
 use parking_lot::Mutex;
 use std::ptr::null_mut;
@@ -257,6 +257,10 @@ impl Device for VaccDevice {
     fn stream(&self, label: &str) -> Result<Arc<dyn Stream>> {
         self.shared.deferred.tell()?;
         Ok(Arc::new(VaccStream::create(self.shared.clone(), label)?))
+    }
+
+    fn execute(&self, list: &CommandList, streams: &[Arc<dyn Stream>]) -> Result<()> {
+        crate::list::execute(&self.shared, list, streams)
     }
 
     fn alloc_host(&self, bytes: u64) -> Result<Buffer> {

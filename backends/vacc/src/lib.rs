@@ -28,6 +28,7 @@ mod collective;
 mod device;
 mod elf;
 mod error;
+mod list;
 pub mod loader;
 mod memory;
 mod stream;

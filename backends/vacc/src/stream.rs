@@ -22,11 +22,11 @@ use std::time::Duration;
 #[derive(Debug)]
 pub(crate) struct StreamShared {
     pub(crate) device: Arc<DeviceShared>,
-    handle: vacc_stream,
+    pub(crate) handle: vacc_stream,
     id: StreamId,
     label: Box<str>,
     /// The header wants one submitter at a time; the HAL lets callers take turns.
-    submitter: Mutex<()>,
+    pub(crate) submitter: Mutex<()>,
     /// The last point that the library told.
     last_point: AtomicU64,
 }
@@ -155,7 +155,7 @@ impl Timeline for StreamShared {
 /// The handle through which a stream is used.
 #[derive(Debug)]
 pub(crate) struct VaccStream {
-    shared: Arc<StreamShared>,
+    pub(crate) shared: Arc<StreamShared>,
 }
 
 impl VaccStream {

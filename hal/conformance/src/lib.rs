@@ -19,6 +19,7 @@ mod errors;
 mod faults;
 mod fused;
 mod lab;
+mod lists;
 mod memory;
 pub mod op;
 mod ops;
@@ -44,6 +45,7 @@ pub fn cases() -> Vec<Case> {
     collectives::add_cases(&mut all);
     errors::add_cases(&mut all);
     faults::add_cases(&mut all);
+    lists::add_cases(&mut all);
     all
 }
 

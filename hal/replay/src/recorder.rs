@@ -82,7 +82,8 @@ impl Recorder {
         Ok(Recorder { shared: Arc::new(shared), path: path.to_path_buf(), partial })
     }
 
-    /// Wraps a die: what is done through the result is recorded.
+    /// Wraps a die: what is done through the result is recorded. Command lists are issued and
+    /// recorded command by command, so their times are those of eager issue.
     pub fn wrap(&self, inner: Arc<dyn Device>) -> Arc<dyn Device> {
         let properties = inner.properties();
         let die = Die {

@@ -6,6 +6,7 @@
 //! streams ([`crate::hazard`]), and collectives; and it knows what was not freed. It costs about as
 //! much as the commands themselves, so it is on in tests and behind a flag elsewhere.
 
+mod list;
 mod memory;
 mod stream;
 
@@ -13,8 +14,8 @@ use crate::fault::FaultPlan;
 use crate::hazard::StreamOrder;
 use crate::trace::TraceSink;
 use crate::{
-    Buffer, Communicator, CommunicatorId, Device, DeviceProperties, MemoryInfo, Op, Result, Stream,
-    Support, TensorDesc,
+    Buffer, CommandList, Communicator, CommunicatorId, Device, DeviceProperties, MemoryInfo, Op,
+    Result, Stream, Support, TensorDesc,
 };
 use memory::Registry;
 use std::sync::Arc;
@@ -73,6 +74,10 @@ impl Device for Validated {
 
     fn stream(&self, label: &str) -> Result<Arc<dyn Stream>> {
         Ok(Arc::new(CheckedStream::new(self.inner.stream(label)?, self.shared.clone())))
+    }
+
+    fn execute(&self, list: &CommandList, streams: &[Arc<dyn Stream>]) -> Result<()> {
+        list::execute(self, list, streams)
     }
 
     fn alloc_host(&self, bytes: u64) -> Result<Buffer> {

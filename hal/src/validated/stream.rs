@@ -16,10 +16,10 @@ use std::time::Duration;
 /// A stream whose every command is checked.
 #[derive(Debug)]
 pub(super) struct CheckedStream {
-    inner: Arc<dyn Stream>,
-    shared: Arc<Shared>,
+    pub(super) inner: Arc<dyn Stream>,
+    pub(super) shared: Arc<Shared>,
     /// Held from the check of a command until it is submitted, so that its sequence number is known.
-    submission: Mutex<()>,
+    pub(super) submission: Mutex<()>,
 }
 
 /// A command under examination.
@@ -61,9 +61,14 @@ impl CheckedStream {
         Err(self.refuse(subject, problem))
     }
 
-    /// Checks what each touch asks of order and contents, and notes them.
-    fn touch(&self, subject: &Subject<'_>, touches: &[Touch<'_>]) -> Result<()> {
-        let at = (self.inner.id(), self.inner.point().value() + 1);
+    /// The number of the next command.
+    fn next(&self) -> u64 {
+        self.inner.point().value() + 1
+    }
+
+    /// Checks what each touch of command `number` asks of order and contents, and notes them.
+    fn touch(&self, subject: &Subject<'_>, number: u64, touches: &[Touch<'_>]) -> Result<()> {
+        let at = (self.inner.id(), number);
         let Shared { order, registry } = &*self.shared;
         for t in touches {
             let flags = (t.access.reads() && t.needs_contents, t.access.writes());
@@ -184,6 +189,48 @@ impl CheckedStream {
         }
         Err(self.refuse(subject, format!("{src} bytes do not fill a destination of {dst} bytes")))
     }
+
+    /// Checks a fill that is to be command `number`.
+    pub(super) fn check_fill(&self, number: u64, dst: &Region) -> Result<()> {
+        let subject = Subject { op: "fill", label: &Label::Static("fill") };
+        let touch = self.region(&subject, "dst", dst, Access::Write)?;
+        self.touch(&subject, number, &[touch])
+    }
+
+    /// Checks an op that is to be command `number`.
+    pub(super) fn check_op(&self, number: u64, command: &Command) -> Result<()> {
+        let subject = Subject { op: command.op.kind().name(), label: &command.label };
+        crate::op::check(&command.op.desc()).map_err(|problem| self.refuse(&subject, problem))?;
+        let touches = self.op_touches(&subject, &command.op)?;
+        self.touch(&subject, number, &touches)
+    }
+
+    /// Checks a batch that is to be command `number`.
+    pub(super) fn check_collectives(
+        &self,
+        number: u64,
+        communicator: &Arc<dyn Communicator>,
+        batch: &[Collective],
+        label: &Label,
+    ) -> Result<()> {
+        let op = batch.first().map_or("collective", |c| c.kind().name());
+        let subject = Subject { op, label };
+        if communicator.device() != self.inner.id().device {
+            let (rank, device) = (communicator.rank(), communicator.device());
+            let problem = format!("rank {rank} of the communicator is {device}");
+            return Err(self.refuse(&subject, problem));
+        }
+        crate::collective::check(batch, communicator.rank(), communicator.size())
+            .map_err(|problem| self.refuse(&subject, problem))?;
+        let mut touches = Vec::with_capacity(2 * batch.len());
+        for collective in batch {
+            collective.visit(communicator.rank(), |name, access, tensor| {
+                touches.push(self.tensor(&subject, name, tensor, access));
+            });
+        }
+        let touches = touches.into_iter().collect::<Result<Vec<_>>>()?;
+        self.touch(&subject, number, &touches)
+    }
 }
 
 impl Stream for CheckedStream {
@@ -213,7 +260,7 @@ impl Stream for CheckedStream {
         let subject = Subject { op: "write", label: &Label::Static("write") };
         self.same_size(&subject, dst.len, src.len() as u64)?;
         let touch = self.region(&subject, "dst", dst, Access::Write)?;
-        self.touch(&subject, &[touch])?;
+        self.touch(&subject, self.next(), &[touch])?;
         self.inner.write(dst, src)
     }
 
@@ -223,7 +270,7 @@ impl Stream for CheckedStream {
             let _submission = self.submission.lock();
             self.same_size(&subject, dst.len() as u64, src.len)?;
             let touch = self.region(&subject, "src", src, Access::Read)?;
-            self.touch(&subject, &[touch])?;
+            self.touch(&subject, self.next(), &[touch])?;
         }
         self.inner.read(src, dst, timeout)?;
         self.shared.order.host_synchronized(self.inner.id(), self.inner.point().value());
@@ -244,24 +291,19 @@ impl Stream for CheckedStream {
             self.region(&subject, "dst", dst, Access::Write)?,
         ];
         self.overlaps(&subject, &touches, false)?;
-        self.touch(&subject, &touches)?;
+        self.touch(&subject, self.next(), &touches)?;
         self.inner.copy(dst, src)
     }
 
     fn fill(&self, dst: &Region, byte: u8) -> Result<()> {
         let _submission = self.submission.lock();
-        let subject = Subject { op: "fill", label: &Label::Static("fill") };
-        let touch = self.region(&subject, "dst", dst, Access::Write)?;
-        self.touch(&subject, &[touch])?;
+        self.check_fill(self.next(), dst)?;
         self.inner.fill(dst, byte)
     }
 
     fn submit(&self, command: &Command) -> Result<()> {
         let _submission = self.submission.lock();
-        let subject = Subject { op: command.op.kind().name(), label: &command.label };
-        crate::op::check(&command.op.desc()).map_err(|problem| self.refuse(&subject, problem))?;
-        let touches = self.op_touches(&subject, &command.op)?;
-        self.touch(&subject, &touches)?;
+        self.check_op(self.next(), command)?;
         self.inner.submit(command)
     }
 
@@ -272,23 +314,7 @@ impl Stream for CheckedStream {
         label: &Label,
     ) -> Result<()> {
         let _submission = self.submission.lock();
-        let op = batch.first().map_or("collective", |c| c.kind().name());
-        let subject = Subject { op, label };
-        if communicator.device() != self.inner.id().device {
-            let (rank, device) = (communicator.rank(), communicator.device());
-            let problem = format!("rank {rank} of the communicator is {device}");
-            return Err(self.refuse(&subject, problem));
-        }
-        crate::collective::check(batch, communicator.rank(), communicator.size())
-            .map_err(|problem| self.refuse(&subject, problem))?;
-        let mut touches = Vec::with_capacity(2 * batch.len());
-        for collective in batch {
-            collective.visit(communicator.rank(), |name, access, tensor| {
-                touches.push(self.tensor(&subject, name, tensor, access));
-            });
-        }
-        let touches = touches.into_iter().collect::<Result<Vec<_>>>()?;
-        self.touch(&subject, &touches)?;
+        self.check_collectives(self.next(), communicator, batch, label)?;
         self.inner.submit_collectives(communicator, batch, label)
     }
 

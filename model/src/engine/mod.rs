@@ -73,6 +73,9 @@ pub struct EngineOptions {
     /// Whether norms and SwiGLUs run in one op with the quantisation of what they give, where the
     /// device has such ops. Results are the same to the bit.
     pub fuse: bool,
+    /// Issue every command of a step by itself, rather than each rank's commands as one
+    /// [`hal::CommandList`]. Values are the same; the host takes longer.
+    pub enforce_eager: bool,
     /// How long a step may take on the host before it counts as hanging.
     pub timeout: Duration,
 }
@@ -89,6 +92,7 @@ impl Default for EngineOptions {
             mtp: false,
             overlap: Overlap::None,
             fuse: true,
+            enforce_eager: false,
             timeout: Duration::from_secs(600),
         }
     }

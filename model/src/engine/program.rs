@@ -6,11 +6,11 @@ use crate::config::ModelConfig;
 use crate::graph::{
     self, Form, Graph, Input, MicroBatch, ModelInputs, Output, Source, StepShape, ValueId, Work,
 };
-use crate::schedule::{self, COMPUTE, Event, Item, Lane, Schedule};
+use crate::schedule::{self, COMPUTE, Event, Item, Schedule};
 use hal::op::AttentionWork;
 use hal::{
-    Buffer, Collective, Command, Communicator, DType, Label, Op, Operand, Point, Region, Stream,
-    Tensor, TensorDesc,
+    Buffer, CommandList, DType, Device, Entry, Label, ListAction, ListPoints, Op, Operand, Region,
+    Stream, Tensor, TensorDesc, WaitFor,
 };
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -30,29 +30,13 @@ pub(super) enum Module {
     Mtp,
 }
 
-/// What is submitted, and where.
-#[derive(Debug)]
-struct Issue {
-    lane: Lane,
-    action: Action,
-    /// Where the point after it is kept, if somebody waits for it.
-    mark: Option<usize>,
-}
-
-#[derive(Debug)]
-enum Action {
-    Op(Box<Command>),
-    Collectives(Arc<dyn Communicator>, Vec<Collective>, Label),
-    /// Waits for the point kept there.
-    Wait(usize),
-}
-
 /// Commands of one step, bound to memory. Only the amount of attention work differs from one run to
 /// the next; all else that changes is input.
 #[derive(Debug)]
 pub(super) struct Program {
-    issues: Vec<Issue>,
-    points: Vec<Option<Point>>,
+    list: CommandList,
+    /// Of a run that is issued command by command.
+    points: ListPoints,
     /// Attention ops and the micro-batch of each.
     attention: Vec<(usize, MicroBatch)>,
     /// One buffer for everything that the host sends, so that a step starts with one transfer.
@@ -94,39 +78,29 @@ impl Program {
     /// A new run of the commands, with this step's attention work per micro-batch.
     pub(super) fn begin(&mut self, work: &[AttentionWork]) {
         for &(at, micro_batch) in &self.attention {
-            let Action::Op(command) = &mut self.issues[at].action else { continue };
-            match &mut command.op {
-                Op::MlaPrefill(o) => o.work = work[micro_batch],
-                Op::MlaDecode(o) => o.work = work[micro_batch],
-                _ => {}
-            }
+            self.list.set_attention_work(at, work[micro_batch]);
         }
     }
 
-    /// Submits commands from number `from` on, to the next collective or the end; where it stopped.
+    /// Launches all commands at once.
+    pub(super) fn execute(
+        &self,
+        device: &dyn Device,
+        lanes: &[Arc<dyn Stream>],
+    ) -> hal::Result<()> {
+        device.execute(&self.list, &lanes[..self.list.streams()])
+    }
+
+    /// Submits commands one by one from number `from` on, to the next collective or the end; where
+    /// it stopped.
     pub(super) fn submit_from(
         &mut self,
         from: usize,
         lanes: &[Arc<dyn Stream>],
     ) -> hal::Result<Option<usize>> {
-        for at in from..self.issues.len() {
-            let issue = &self.issues[at];
-            let stream = &*lanes[issue.lane];
-            match &issue.action {
-                Action::Op(command) => stream.submit(command)?,
-                Action::Collectives(communicator, batch, label) => {
-                    stream.submit_collectives(communicator, batch, label)?;
-                }
-                Action::Wait(mark) => {
-                    if let Some(point) = &self.points[*mark] {
-                        stream.wait(point)?;
-                    }
-                }
-            }
-            if let Some(mark) = issue.mark {
-                self.points[mark] = Some(stream.point());
-            }
-            if matches!(issue.action, Action::Collectives(..)) {
+        for (at, entry) in self.list.entries().iter().enumerate().skip(from) {
+            self.list.submit_entry(at, lanes, &mut self.points)?;
+            if matches!(entry.action, ListAction::Collectives { .. }) {
                 return Ok(Some(at + 1));
             }
         }
@@ -145,12 +119,7 @@ impl Program {
             debug_assert_eq!(values.len(), len, "{input:?}");
             packed[start..start + len].copy_from_slice(&values);
         }
-        stream.write(&self.inputs.region(), bytemuck::cast_slice(&packed))?;
-        // What other lanes wait for before they touch anything of this step.
-        if let Some(start) = self.points.first_mut() {
-            *start = Some(stream.point());
-        }
-        Ok(())
+        stream.write(&self.inputs.region(), bytemuck::cast_slice(&packed))
     }
 
     /// Where an output lies.
@@ -243,10 +212,11 @@ impl Rank {
         };
         let places: Vec<_> =
             (0..graph.values().len()).map(|id| binder.place(&graph, ValueId(id as u32))).collect();
-        let (issues, marks, attention) = bind(&graph, &schedule, &places, self)?;
-        let workspace = self.workspace.clone();
-        let points = vec![None; marks];
-        Ok(Program { issues, points, attention, inputs, layout, outputs, workspace })
+        let (entries, attention) = bind(&graph, &schedule, &places, self);
+        let list = CommandList::new(entries, schedule.lanes)
+            .unwrap_or_else(|error| unreachable!("schedules wait for what comes before: {error}"));
+        let (points, workspace) = (ListPoints::default(), self.workspace.clone());
+        Ok(Program { list, points, attention, inputs, layout, outputs, workspace })
     }
 
     /// Keeps a program for the next step of its shape. Prefill shapes hardly recur and are not
@@ -265,41 +235,42 @@ impl Rank {
 /// Where a value lies: its memory, and where it begins there.
 type Place = Option<(Buffer, u64)>;
 
-/// The commands of a schedule, how many points they keep, and which are attention.
+/// The commands of a schedule, and which of them are attention.
 fn bind(
     graph: &Graph,
     schedule: &Schedule,
     places: &[Place],
     rank: &Rank,
-) -> Result<(Vec<Issue>, usize, Vec<(usize, MicroBatch)>), EngineError> {
+) -> (Vec<Entry>, Vec<(usize, MicroBatch)>) {
     let tensor = |slot: &graph::Slot| {
         let (buffer, start) = places[slot.value.0 as usize]
             .clone()
             .unwrap_or_else(|| unreachable!("every value that a node names has a place"));
         Tensor::new(buffer, start + slot.offset, *slot.desc())
     };
-    // Point 0 is the start of the step.
-    let mut marks: HashMap<Event, usize> = HashMap::from([(Event::Start, 0)]);
-    for item in &schedule.items {
-        if let Item::Wait { event, .. } = item {
-            let next = marks.len();
-            marks.entry(*event).or_insert(next);
-        }
-    }
-    let mut issues = Vec::with_capacity(schedule.items.len());
+    let mut entries = Vec::with_capacity(schedule.items.len());
     let mut attention = Vec::new();
+    // Where each node's command stands.
+    let mut issued: HashMap<usize, usize> = HashMap::new();
     for item in &schedule.items {
-        let (lane, action, mark) = match *item {
-            Item::Wait { lane, event } => (lane, Action::Wait(marks[&event]), None),
+        let (stream, action) = match *item {
+            Item::Wait { lane, event } => {
+                let target = match event {
+                    Event::Start => WaitFor::Start,
+                    Event::Node(number) => WaitFor::Entry(issued[&number]),
+                };
+                (lane, ListAction::Wait(target))
+            }
             Item::Run { lane, node: number } => {
+                issued.insert(number, entries.len());
                 let node = &graph.nodes()[number];
                 let label = Label::Shared(node.label.clone());
                 let action = match &node.work {
                     Work::Op(op) => {
                         if let Some(batch) = attention_batch(graph, op) {
-                            attention.push((issues.len(), batch));
+                            attention.push((entries.len(), batch));
                         }
-                        Action::Op(Box::new(op.map(tensor).label(label)))
+                        ListAction::Op(Box::new(op.map(tensor).label(label)))
                     }
                     Work::Collectives { group, batch, .. } => {
                         let communicator = rank.communicators.get(group).cloned();
@@ -307,15 +278,15 @@ fn bind(
                             unreachable!("groups that a graph names are connected")
                         });
                         let batch = batch.iter().map(|c| c.map(tensor)).collect();
-                        Action::Collectives(communicator, batch, label)
+                        ListAction::Collectives { communicator, batch, label }
                     }
                 };
-                (lane, action, marks.get(&Event::Node(number)).copied())
+                (lane, action)
             }
         };
-        issues.push(Issue { lane, action, mark });
+        entries.push(Entry { stream, action });
     }
-    Ok((issues, marks.len(), attention))
+    (entries, attention)
 }
 
 /// The micro-batch of an attention op, told by its inputs; `None` for other ops.

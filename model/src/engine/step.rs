@@ -315,8 +315,8 @@ impl Engine {
         }
     }
 
-    /// Submits the commands of every rank, in turns, so that ranks meet in their collectives while
-    /// later commands are still being submitted.
+    /// Submits the commands of every rank: as one list each, or one by one and in turns, so that
+    /// ranks meet in their collectives while later commands are still being submitted.
     fn issue(
         &mut self,
         batches: &Batches,
@@ -336,6 +336,15 @@ impl Engine {
             let work: Vec<_> = parts.iter().map(Batch::work).collect();
             program.begin(&work);
             run.program = Some(program);
+        }
+        if !self.options.enforce_eager {
+            for run in running.iter() {
+                let rank = &self.ranks[run.rank];
+                if let Some(program) = &run.program {
+                    program.execute(&*rank.device, &rank.lanes)?;
+                }
+            }
+            return Ok(());
         }
         while running.iter().any(|run| run.at.is_some()) {
             for run in running.iter_mut() {

@@ -176,6 +176,10 @@ pub(crate) struct ParallelArgs {
     /// device has one op for both. Results are the same to the bit.
     #[arg(long)]
     pub(crate) no_fusion: bool,
+    /// Issue every command by itself, as VACC runtimes without command lists do, rather than each
+    /// die's commands of a step as one list. The results are the same.
+    #[arg(long)]
+    pub(crate) enforce_eager: bool,
 }
 
 impl ParallelArgs {
@@ -222,7 +226,8 @@ pub(crate) struct RecordingArgs {
     /// Write every command that reaches the device, the weights and inputs that are written and
     /// the bytes that are read back, to a file for `dsv3-run replay`: all that somebody without
     /// your model or card needs to see what you see. As large as the weights. A run that fails
-    /// leaves a recording too. It holds the prompt and the command line.
+    /// leaves a recording too. It holds the prompt and the command line. While recording, commands
+    /// are issued one by one, so times are those of --enforce-eager.
     #[arg(long, value_name = "FILE")]
     pub(crate) record: Option<PathBuf>,
     /// With --record: also hash what every op writes, so that a replay names the first op whose

@@ -108,6 +108,7 @@ impl Source {
             mtp,
             overlap: args.parallel.overlap.into(),
             fuse: !args.parallel.no_fusion,
+            enforce_eager: args.parallel.enforce_eager,
             timeout: args.step_timeout(),
             ..EngineOptions::default()
         };

@@ -36,8 +36,10 @@ fn json(output: &Output) -> Value {
 #[test]
 fn both_backends_give_the_same_tokens_and_the_same_simulated_time() {
     let runtime = runtime();
-    for numerics in ["fp8", "bf16", "f32"] {
-        let common = ["--numerics", numerics, "--chat", "What is 17 + 25?", "--json", "-"];
+    let mut decode = Vec::new();
+    for (numerics, eager) in [("fp8", false), ("fp8", true), ("bf16", false), ("f32", false)] {
+        let mut common = vec!["--numerics", numerics, "--chat", "What is 17 + 25?", "--json", "-"];
+        common.extend(eager.then_some("--enforce-eager"));
         let sim = json(&dsv3(&[&common[..], &["--backend", "sim"]].concat()).output().unwrap());
         let vacc = ["--backend", "vacc", "--vacc-runtime", &runtime, "--validate"];
         let vacc = json(&dsv3(&[&common[..], &vacc].concat()).output().unwrap());
@@ -53,8 +55,10 @@ fn both_backends_give_the_same_tokens_and_the_same_simulated_time() {
             assert_eq!(vacc[section][key], sim[section][key], "{numerics}: {section}.{key}");
         }
         assert_eq!(vacc["token_ids"], sim["token_ids"], "{numerics}");
+        decode.push(sim["timing"]["decode_ms"].as_f64().unwrap());
         assert_eq!(vacc["timing"]["assumed"], Value::Null, "the library does not tell");
     }
+    assert!(decode[0] < decode[1], "lists spare the host: {decode:?} ms");
 }
 
 #[test]

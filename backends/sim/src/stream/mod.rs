@@ -2,13 +2,15 @@
 //!
 //! [`queue`] is the state of one stream and how it advances; [`timeline`] how far it has come;
 //! [`work`] is what a queued command is
-//! and how it is carried out. This file is the [`Stream`] that callers see.
+//! and how it is carried out; [`list`] launches many of them at once. This file is the [`Stream`] that callers see.
 
+mod list;
 mod queue;
 mod timeline;
 mod work;
 
-pub(crate) use queue::{Held, StreamShared, Touch};
+pub(crate) use list::execute;
+pub(crate) use queue::{Held, Launch, StreamShared, Touch};
 pub(crate) use work::Work;
 
 use crate::collective::SimCommunicator;
@@ -78,6 +80,67 @@ impl SimStream {
         }
         Ok(SimTensor::new(tensor, memory.clone()))
     }
+
+    fn launch_fill(&self, dst: &Region, byte: u8, launch: &Launch) -> Result<()> {
+        let memory = self.region(dst)?.clone();
+        let touches =
+            [Touch { memory: &memory, offset: dst.offset, len: dst.len, access: Access::Write }];
+        let work = Work::Fill { memory: memory.clone(), offset: dst.offset, len: dst.len, byte };
+        self.shared.submit(CommandKind::Fill, "fill".into(), &touches, work, launch).map(|_| ())
+    }
+
+    fn launch_op(&self, command: &Command, launch: &Launch) -> Result<()> {
+        if let Err(reason) = kernels::supports(&command.op.desc()) {
+            return Err(Error::Unsupported {
+                device: self.shared.id.device,
+                op: format!("{} {:?}", command.op.kind().name(), command.label),
+                reason,
+            });
+        }
+        let op = command.op.try_map(|tensor| self.operand(tensor))?;
+        let mut touches = arrayvec::ArrayVec::<Touch<'_>, { crate::memory::MAX_OPERANDS }>::new();
+        op.visit(|_, access, t| {
+            touches.push(Touch {
+                memory: &t.memory,
+                offset: t.offset,
+                len: t.desc.extent(),
+                access,
+            });
+        });
+        let kind = CommandKind::Op(op.kind());
+        // The touches borrow the op that is about to move into the queue.
+        let admitted = self.shared.admit(kind, &command.label, &touches, launch)?;
+        drop(touches);
+        admitted.push(Work::Op(Box::new(op)));
+        Ok(())
+    }
+
+    fn launch_collectives(
+        &self,
+        communicator: &Arc<dyn Communicator>,
+        batch: &[Collective],
+        label: &Label,
+        launch: &Launch,
+    ) -> Result<()> {
+        let Some(first) = batch.first() else { return Ok(()) };
+        let kind = CommandKind::Collective(first.kind());
+        let Some(communicator) = communicator.as_any().downcast_ref::<SimCommunicator>() else {
+            return Err(self.misuse(kind, label, "the communicator is another backend's".into()));
+        };
+        communicator.check_device(self.shared.id.device, kind, label)?;
+        let placed = batch
+            .iter()
+            .map(|collective| collective.try_map(|t| self.operand(t)))
+            .collect::<Result<Vec<_>>>()?;
+        let mut touches = Vec::with_capacity(2 * batch.len());
+        for collective in &placed {
+            collective.visit(communicator.rank(), |_, access, t| {
+                let (offset, len) = (t.offset, t.desc.extent());
+                touches.push(Touch { memory: &t.memory, offset, len, access });
+            });
+        }
+        communicator.submit(&self.shared, kind, label, batch, &placed, &touches, launch)
+    }
 }
 
 impl Stream for SimStream {
@@ -121,7 +184,13 @@ impl Stream for SimStream {
             len: src.len,
             reply: reply.clone(),
         };
-        let value = self.shared.submit(CommandKind::Read, "read".into(), &touches, work)?;
+        let value = self.shared.submit(
+            CommandKind::Read,
+            "read".into(),
+            &touches,
+            work,
+            &Launch::default(),
+        )?;
         self.shared.synchronize_value(value, timeout)?;
         let bytes = reply.lock();
         if bytes.len() == dst.len() {
@@ -178,41 +247,15 @@ impl Stream for SimStream {
             len: dst.len,
             path,
         };
-        self.shared.submit(kind, "transfer".into(), &touches, work).map(|_| ())
+        self.shared.submit(kind, "transfer".into(), &touches, work, &Launch::default()).map(|_| ())
     }
 
     fn fill(&self, dst: &Region, byte: u8) -> Result<()> {
-        let memory = self.region(dst)?.clone();
-        let touches =
-            [Touch { memory: &memory, offset: dst.offset, len: dst.len, access: Access::Write }];
-        let work = Work::Fill { memory: memory.clone(), offset: dst.offset, len: dst.len, byte };
-        self.shared.submit(CommandKind::Fill, "fill".into(), &touches, work).map(|_| ())
+        self.launch_fill(dst, byte, &Launch::default())
     }
 
     fn submit(&self, command: &Command) -> Result<()> {
-        if let Err(reason) = kernels::supports(&command.op.desc()) {
-            return Err(Error::Unsupported {
-                device: self.shared.id.device,
-                op: format!("{} {:?}", command.op.kind().name(), command.label),
-                reason,
-            });
-        }
-        let op = command.op.try_map(|tensor| self.operand(tensor))?;
-        let mut touches = arrayvec::ArrayVec::<Touch<'_>, { crate::memory::MAX_OPERANDS }>::new();
-        op.visit(|_, access, t| {
-            touches.push(Touch {
-                memory: &t.memory,
-                offset: t.offset,
-                len: t.desc.extent(),
-                access,
-            });
-        });
-        let kind = CommandKind::Op(op.kind());
-        // The touches borrow the op that is about to move into the queue.
-        let admitted = self.shared.admit(kind, &command.label, &touches)?;
-        drop(touches);
-        admitted.push(Work::Op(Box::new(op)));
-        Ok(())
+        self.launch_op(command, &Launch::default())
     }
 
     fn submit_collectives(
@@ -221,24 +264,7 @@ impl Stream for SimStream {
         batch: &[Collective],
         label: &Label,
     ) -> Result<()> {
-        let Some(first) = batch.first() else { return Ok(()) };
-        let kind = CommandKind::Collective(first.kind());
-        let Some(communicator) = communicator.as_any().downcast_ref::<SimCommunicator>() else {
-            return Err(self.misuse(kind, label, "the communicator is another backend's".into()));
-        };
-        communicator.check_device(self.shared.id.device, kind, label)?;
-        let placed = batch
-            .iter()
-            .map(|collective| collective.try_map(|t| self.operand(t)))
-            .collect::<Result<Vec<_>>>()?;
-        let mut touches = Vec::with_capacity(2 * batch.len());
-        for collective in &placed {
-            collective.visit(communicator.rank(), |_, access, t| {
-                let (offset, len) = (t.offset, t.desc.extent());
-                touches.push(Touch { memory: &t.memory, offset, len, access });
-            });
-        }
-        communicator.submit(&self.shared, kind, label, batch, &placed, &touches)
+        self.launch_collectives(communicator, batch, label, &Launch::default())
     }
 
     fn wait(&self, point: &Point) -> Result<()> {
@@ -246,7 +272,7 @@ impl Stream for SimStream {
             let problem = format!("the point on {} is another backend's", point.stream());
             return Err(self.misuse(CommandKind::Wait, &"wait".into(), problem));
         };
-        self.shared.wait_for(target, point.value())
+        self.shared.wait_for(target, point.value(), &Launch::default())
     }
 
     fn point(&self) -> Point {

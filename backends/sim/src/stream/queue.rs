@@ -21,6 +21,7 @@ use hal::trace::{CommandKind, Span};
 use hal::{Cause, Clock, Error, Failure, Label, Result, StreamId};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rayon::prelude::*;
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -111,6 +112,23 @@ pub(crate) struct Touch<'a> {
     pub(crate) offset: u64,
     pub(crate) len: u64,
     pub(crate) access: Access,
+}
+
+/// One call with which the host issues commands: one alone, or all of a list. It costs the host
+/// time once, when the first is accepted.
+#[derive(Debug, Default)]
+pub(crate) struct Launch(Cell<Option<u64>>);
+
+impl Launch {
+    /// When the host had issued it.
+    fn issued(&self, stream: &StreamShared) -> u64 {
+        self.0.get().unwrap_or_else(|| {
+            let cost = stream.system.cost.host_issue();
+            let at = stream.die().host_clock.fetch_add(cost, Ordering::Relaxed) + cost;
+            self.0.set(Some(at));
+            at
+        })
+    }
 }
 
 /// A command that was accepted and has its place in the queue; the queue stays locked until its
@@ -252,6 +270,7 @@ impl StreamShared {
         kind: CommandKind,
         label: &Label,
         touches: &[Touch<'_>],
+        launch: &Launch,
     ) -> Result<Admitted<'q>> {
         self.die().alive()?;
         let queue = self.queue.lock();
@@ -266,13 +285,7 @@ impl StreamShared {
             let range = *offset..offset + len;
             memory.accesses.lock().note(self.id, sequence, range, access.writes());
         }
-        let issued = match self.timed() {
-            true => {
-                let cost = self.system.cost.host_issue();
-                self.die().host_clock.fetch_add(cost, Ordering::Relaxed) + cost
-            }
-            false => 0,
-        };
+        let issued = if self.timed() { launch.issued(self) } else { 0 };
         let fault = match self.die().faults() {
             Some(plan) => plan.decide(self.id.device, kind.name(), label.as_str()),
             None => FaultAction::Pass,
@@ -287,8 +300,9 @@ impl StreamShared {
         label: Label,
         touches: &[Touch<'_>],
         work: Work,
+        launch: &Launch,
     ) -> Result<u64> {
-        Ok(self.admit(kind, &label, touches)?.push(work))
+        Ok(self.admit(kind, &label, touches, launch)?.push(work))
     }
 
     fn check_hazard(&self, touch: &Touch<'_>, kind: CommandKind, label: &Label) -> Result<()> {
@@ -324,7 +338,7 @@ impl StreamShared {
         let len = src.len() as u64;
         let touch = [Touch { memory, offset, len, access: Access::Write }];
         let label = Label::Static("write");
-        let mut admitted = self.admit(CommandKind::Write, &label, &touch)?;
+        let mut admitted = self.admit(CommandKind::Write, &label, &touch, &Launch::default())?;
         let work = |bytes| Work::Write { memory: memory.clone(), offset, bytes, len };
         let idle = matches!(admitted.queue.activity, Activity::Idle)
             && admitted.fault == FaultAction::Pass;
@@ -345,7 +359,12 @@ impl StreamShared {
     }
 
     /// Queues a wait for another stream.
-    pub(crate) fn wait_for(self: &Arc<Self>, target: &StreamShared, value: u64) -> Result<()> {
+    pub(crate) fn wait_for(
+        self: &Arc<Self>,
+        target: &StreamShared,
+        value: u64,
+        launch: &Launch,
+    ) -> Result<()> {
         if target.id == self.id {
             return Ok(());
         }
@@ -357,7 +376,7 @@ impl StreamShared {
             // A stream that nobody holds has no points either.
             return Ok(());
         };
-        let admitted = self.admit(CommandKind::Wait, &"wait".into(), &[])?;
+        let admitted = self.admit(CommandKind::Wait, &"wait".into(), &[], launch)?;
         self.system.order.wait(self.id, admitted.sequence, target.id, value);
         admitted.push(Work::Wait { target, value });
         Ok(())

@@ -16,7 +16,7 @@ use vacc::wire;
 /// A rank that a caller owns.
 #[derive(Debug)]
 pub(crate) struct Owned {
-    communicator: Arc<dyn Communicator>,
+    pub(crate) communicator: Arc<dyn Communicator>,
     child: Child,
 }
 
@@ -91,20 +91,30 @@ pub(crate) extern "C" fn vacc_comm_submit(
         let (rank, owned) = (COMMUNICATORS.get(comm)?, STREAMS.get(stream)?);
         let _alone = owned.alone()?;
         let label = label(label_text, label_length)?;
-        if count > MOST {
-            return Err(Refused::invalid(format!("a batch of {count}; at most {MOST}")));
-        }
-        let mut collectives = Vec::with_capacity(count as usize);
-        for i in 0..count as usize {
-            let least = std::mem::offset_of!(vacc_collective, send_offsets);
-            // SAFETY: the header obliges callers to pass `count` structs, each as large as the
-            // first says.
-            let wire = unsafe { read_element(batch, i, least) }?;
-            collectives.push(collective(&wire, rank.communicator.size())?);
-        }
+        let collectives = self::batch(batch, count, rank.communicator.size())?;
         let submitted = owned.stream.submit_collectives(&rank.communicator, &collectives, &label);
         submitted.map_err(|e| owned.refused(e))
     })
+}
+
+/// The batch that a caller passes.
+#[expect(unsafe_code, reason = "reads a caller's array")]
+pub(crate) fn batch(
+    batch: *const vacc_collective,
+    count: u32,
+    ranks: usize,
+) -> Outcome<Vec<Collective>> {
+    if count > MOST {
+        return Err(Refused::invalid(format!("a batch of {count}; at most {MOST}")));
+    }
+    let least = std::mem::offset_of!(vacc_collective, send_offsets);
+    let one = |i: usize| {
+        // SAFETY: the header obliges callers to pass `count` structs, each as large as the first
+        // says.
+        let wire = unsafe { read_element(batch, i, least) }?;
+        collective(&wire, ranks)
+    };
+    (0..count as usize).map(one).collect()
 }
 
 fn present(wire: &vacc_tensor, name: &str) -> Outcome<Tensor> {

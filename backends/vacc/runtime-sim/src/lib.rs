@@ -12,6 +12,7 @@ mod collective;
 mod device;
 mod error;
 mod handles;
+mod list;
 mod memory;
 mod stream;
 mod system;

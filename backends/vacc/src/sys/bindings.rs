@@ -98,6 +98,10 @@ pub const VACC_FAULT_DELAY: u32 = 1;
 pub const VACC_FAULT_FAIL: u32 = 2;
 pub const VACC_FAULT_HANG: u32 = 3;
 pub const VACC_FAULT_LOSE: u32 = 4;
+pub const VACC_LIST_LAUNCH: u32 = 1;
+pub const VACC_LIST_COLLECTIVES: u32 = 2;
+pub const VACC_LIST_FILL: u32 = 3;
+pub const VACC_LIST_WAIT: u32 = 4;
 #[repr(C)]
 #[derive(Debug)]
 pub struct vacc_instance_s {
@@ -1720,6 +1724,62 @@ impl Default for vacc_fault_rule {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct vacc_list_entry {
+    pub size: u32,
+    pub action: u32,
+    pub stream: u32,
+    pub op: u32,
+    pub descriptor: *const ::std::os::raw::c_void,
+    pub comm: vacc_comm,
+    pub batch: *const vacc_collective,
+    pub count: u32,
+    pub byte: u32,
+    pub region: vacc_region,
+    pub wait: u64,
+    pub label: *const ::std::os::raw::c_char,
+    pub label_length: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of vacc_list_entry"][::std::mem::size_of::<vacc_list_entry>() - 96usize];
+    ["Alignment of vacc_list_entry"][::std::mem::align_of::<vacc_list_entry>() - 8usize];
+    ["Offset of field: vacc_list_entry::size"]
+        [::std::mem::offset_of!(vacc_list_entry, size) - 0usize];
+    ["Offset of field: vacc_list_entry::action"]
+        [::std::mem::offset_of!(vacc_list_entry, action) - 4usize];
+    ["Offset of field: vacc_list_entry::stream"]
+        [::std::mem::offset_of!(vacc_list_entry, stream) - 8usize];
+    ["Offset of field: vacc_list_entry::op"][::std::mem::offset_of!(vacc_list_entry, op) - 12usize];
+    ["Offset of field: vacc_list_entry::descriptor"]
+        [::std::mem::offset_of!(vacc_list_entry, descriptor) - 16usize];
+    ["Offset of field: vacc_list_entry::comm"]
+        [::std::mem::offset_of!(vacc_list_entry, comm) - 24usize];
+    ["Offset of field: vacc_list_entry::batch"]
+        [::std::mem::offset_of!(vacc_list_entry, batch) - 32usize];
+    ["Offset of field: vacc_list_entry::count"]
+        [::std::mem::offset_of!(vacc_list_entry, count) - 40usize];
+    ["Offset of field: vacc_list_entry::byte"]
+        [::std::mem::offset_of!(vacc_list_entry, byte) - 44usize];
+    ["Offset of field: vacc_list_entry::region"]
+        [::std::mem::offset_of!(vacc_list_entry, region) - 48usize];
+    ["Offset of field: vacc_list_entry::wait"]
+        [::std::mem::offset_of!(vacc_list_entry, wait) - 72usize];
+    ["Offset of field: vacc_list_entry::label"]
+        [::std::mem::offset_of!(vacc_list_entry, label) - 80usize];
+    ["Offset of field: vacc_list_entry::label_length"]
+        [::std::mem::offset_of!(vacc_list_entry, label_length) - 88usize];
+};
+impl Default for vacc_list_entry {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 pub struct Api {
     __library: ::libloading::Library,
     pub vacc_abi_version: Result<unsafe extern "C" fn() -> u32, ::libloading::Error>,
@@ -1973,6 +2033,16 @@ pub struct Api {
         ) -> vacc_status,
         ::libloading::Error,
     >,
+    pub vacc_list_launch: Result<
+        unsafe extern "C" fn(
+            device: vacc_device,
+            streams: *const vacc_stream,
+            stream_count: u32,
+            entries: *const vacc_list_entry,
+            count: u32,
+        ) -> vacc_status,
+        ::libloading::Error,
+    >,
 }
 impl Api {
     pub unsafe fn new<P>(path: P) -> Result<Self, ::libloading::Error>
@@ -2052,6 +2122,7 @@ impl Api {
             unsafe { __library.get(b"vacc_device_get_telemetry\0") }.map(|sym| *sym);
         let vacc_device_set_faults =
             unsafe { __library.get(b"vacc_device_set_faults\0") }.map(|sym| *sym);
+        let vacc_list_launch = unsafe { __library.get(b"vacc_list_launch\0") }.map(|sym| *sym);
         Ok(Api {
             __library,
             vacc_abi_version,
@@ -2096,6 +2167,7 @@ impl Api {
             vacc_profile_read,
             vacc_device_get_telemetry,
             vacc_device_set_faults,
+            vacc_list_launch,
         })
     }
     pub unsafe fn vacc_abi_version(&self) -> u32 {
@@ -2537,6 +2609,24 @@ impl Api {
             )
         }
     }
+    pub unsafe fn vacc_list_launch(
+        &self,
+        device: vacc_device,
+        streams: *const vacc_stream,
+        stream_count: u32,
+        entries: *const vacc_list_entry,
+        count: u32,
+    ) -> vacc_status {
+        unsafe {
+            (self.vacc_list_launch.as_ref().expect("Expected function, got error."))(
+                device,
+                streams,
+                stream_count,
+                entries,
+                count,
+            )
+        }
+    }
 }
 /// Required functions that the library does not export.
 pub fn missing_required(api: &Api) -> Vec<&'static str> {
@@ -2672,6 +2762,9 @@ pub fn missing_optional(api: &Api) -> Vec<&'static str> {
     }
     if api.vacc_device_set_faults.is_err() {
         missing.push("vacc_device_set_faults");
+    }
+    if api.vacc_list_launch.is_err() {
+        missing.push("vacc_list_launch");
     }
     missing
 }
