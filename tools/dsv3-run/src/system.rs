@@ -148,7 +148,7 @@ impl Provenance {
         match (timed, assumed) {
             (false, _) => format!("values computed by {by}; timing off"),
             (true, Some((assumed, all))) => format!(
-                "values computed and time simulated (roofline per op) from machine {machine:?}; {} of \
+                "values computed and time simulated (tiles per op) from machine {machine:?}; {} of \
                  its {all} constants are assumed, not published: see `dsv3-run devices`",
                 assumed.len()
             ),

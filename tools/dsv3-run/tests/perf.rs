@@ -118,7 +118,7 @@ fn a_machine_file_is_enough() {
     let h800 = json(&format!("perf op --machine h800 {op}"));
     assert_eq!(x1["provenance"]["machine"], "x1");
     assert!(number(&x1, "time_us") < number(&h800, "time_us"), "5000 GB/s against 3350");
-    std::fs::write(&file, example.replace("cores = 66", "cores = 0")).unwrap();
+    std::fs::write(&file, example.replace("cores = 120", "cores = 0")).unwrap();
     let output = dsv3(&format!("perf op --machine {} {op}", file.display()));
     assert_eq!(output.status.code(), Some(2));
     let text = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -25,6 +25,9 @@ pub struct Exchange {
     pub bound: Bound,
 }
 
+/// Collectives that are kept; a run whose sizes never repeat starts over when there are more.
+const MOST_KNOWN: usize = 1 << 14;
+
 /// By kind and bytes.
 type Sizes = HashMap<(CollectiveKind, u64), Exchange>;
 
@@ -77,7 +80,11 @@ impl Network {
             return *known;
         }
         let exchange = self.choose(kind, bytes, ranks, topology);
-        self.known.write().entry(ranks.into()).or_default().insert((kind, bytes), exchange);
+        let mut known = self.known.write();
+        if known.values().map(HashMap::len).sum::<usize>() >= MOST_KNOWN {
+            known.clear();
+        }
+        known.entry(ranks.into()).or_default().insert((kind, bytes), exchange);
         exchange
     }
 

@@ -41,7 +41,8 @@ pub(crate) fn decode(die: &DieFigures, a: &Decode) -> Option<(String, Program)> 
     let blocks = a.sequences * a.keys.div_ceil(a.sequences).div_ceil(library.attention_keys);
     // As many parts as cores leave, fewer where combining them costs more than they save.
     let most = (die.cores / row_blocks).clamp(1, blocks);
-    let parts = std::iter::successors(Some(most), |&p| (p > 1).then(|| p.div_ceil(2)));
+    let parts = (1..=16u64).rev().map(|part| (most * part).div_ceil(16));
+    let parts = parts.chain([a.sequences.min(most)]);
     let mut best: Option<(f64, u64, Program)> = None;
     for parts in parts {
         let program = decode_program(die, a, rows, row_blocks, blocks, parts);
