@@ -5,6 +5,8 @@
  */
 #include "check.h"
 
+#include <stddef.h>
+
 #define MOST_BAD 16
 
 /* A good object of each kind, and a destroyed one. */
@@ -267,6 +269,8 @@ void null_pointers(vacc_instance instance, vacc_device device) {
   INVALID(vacc_comm_submit(o.comm, o.stream, NULL, 1, "x", 1));
   INVALID(vacc_comm_submit(o.comm, o.stream, &sum, 1, NULL, 1));
   INVALID(vacc_comm_abort(o.comm, NULL, 1));
+  INVALID(vacc_list_launch(device, NULL, 1, NULL, 0));
+  INVALID(vacc_list_launch(device, &o.stream, 1, NULL, 1));
   INVALID(vacc_profile_read(device, NULL, 1, &count, &lost));
   INVALID(vacc_profile_read(device, &record, 1, NULL, &lost));
   INVALID(vacc_profile_read(device, &record, 1, &count, NULL));
@@ -277,9 +281,11 @@ void null_pointers(vacc_instance instance, vacc_device device) {
 }
 
 /* A size below that of version 1.0, and 0. */
-#define SIZED(value, call)                             \
+#define SIZED(value, call) SIZED_SINCE(value, sizeof(value), call)
+/* Of a struct that has grown since version 1.0, whose size was `least` then. */
+#define SIZED_SINCE(value, least, call)                \
   do {                                                 \
-    (value).size = sizeof(value) - 8;                  \
+    (value).size = (uint32_t)(least) - 8;              \
     REFUSED(call, VACC_ERROR_STRUCT_SIZE);             \
     (value).size = 0;                                  \
     REFUSED(call, VACC_ERROR_STRUCT_SIZE);             \
@@ -288,6 +294,7 @@ void null_pointers(vacc_instance instance, vacc_device device) {
 
 /* Smaller structs are refused; larger ones are taken if they ask for nothing unknown. */
 void wrong_sizes(vacc_instance instance, vacc_device device) {
+  vacc_list_entry entry;
   struct {
     vacc_device_properties it;
     uint64_t more[4];
@@ -327,7 +334,10 @@ void wrong_sizes(vacc_instance instance, vacc_device device) {
   SIZED(when, vacc_stream_get_completion(o.stream, 1, &when));
   SIZED(record, vacc_profile_read(device, &record, 1, &count, &lost));
   SIZED(rules[0], vacc_device_set_faults(device, rules, 1));
-  SIZED(batch[0], vacc_comm_submit(o.comm, o.stream, batch, 1, "x", 1));
+  SIZED_SINCE(batch[0], offsetof(vacc_collective, send_offsets),
+              vacc_comm_submit(o.comm, o.stream, batch, 1, "x", 1));
+  memset(&entry, 0, sizeof entry);
+  SIZED(entry, vacc_list_launch(device, &o.stream, 1, &entry, 1));
   asked.it = add(floats(o.buffer, 4), floats(o.buffer, 4), floats(o.buffer, 4));
   SIZED(asked.it, vacc_device_supports(device, VACC_OP_ADD, &asked));
   SIZED(asked.it, vacc_stream_launch(o.stream, VACC_OP_ADD, &asked, "x", 1));
