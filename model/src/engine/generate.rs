@@ -94,6 +94,12 @@ impl Engine {
         ends.map(|t| (t.clock, t.picos)).max_by_key(|(_, picos)| *picos)
     }
 
+    /// When the last of all ranks was done with what was submitted so far, in picoseconds on the
+    /// devices' clock; `None` where they have none.
+    pub fn now_picos(&self) -> Option<u64> {
+        self.now().map(|(_, picos)| picos)
+    }
+
     fn generate_in(
         &mut self,
         sequence: &mut Sequence,

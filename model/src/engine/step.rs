@@ -365,16 +365,18 @@ impl Engine {
         wanted: Wanted,
     ) -> Result<StepOutput, EngineError> {
         let mut output = StepOutput::default();
-        if wanted == Wanted::Nothing || !self.is_functional() {
+        if wanted == Wanted::Nothing {
             return Ok(output);
         }
+        let functional = self.is_functional();
         let deadline = Instant::now() + self.options.timeout;
         let vocabulary = self.config.vocab_size;
-        output.greedy.resize(if wanted == Wanted::Greedy { items } else { 0 }, 0);
+        output.greedy.resize(if wanted == Wanted::Greedy && functional { items } else { 0 }, 0);
         let mut rows: Vec<(usize, Vec<f32>)> = Vec::new();
         // Where the rows of the tensor group at hand begin: its first rank makes them.
         let mut group_began = 0;
-        let last_stage = |run: &&Running| self.ranks[run.rank].plan.is_last_stage();
+        // Without values there is nothing to read, and times all the same.
+        let last_stage = |run: &&Running| functional && self.ranks[run.rank].plan.is_last_stage();
         for run in running.iter().filter(last_stage) {
             let rank = &self.ranks[run.rank];
             let Some(program) = &run.program else { continue };
