@@ -3,8 +3,8 @@
 
 use hal::op::{Add, CacheWrite, Copy, RmsNorm};
 use hal::{
-    Buffer, Collective, DType, Device, DeviceId, Error, Label, NullDevice, Op, PeerCounts,
-    Reduction, Stream, Tensor, TensorDesc, Validated,
+    Buffer, Collective, CommandList, DType, Device, DeviceId, Entry, Error, Label, ListAction,
+    NullDevice, Op, PeerCounts, Reduction, Stream, Tensor, TensorDesc, Validated, WaitFor,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -220,4 +220,58 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_lists_entries_are_checked_as_if_submitted_one_by_one() {
+    let device = die(0);
+    let streams = [device.stream("s").unwrap(), device.stream("t").unwrap()];
+    let (x, y) = (tensor(&streams[0], DType::F32, &[8]), tensor(&streams[0], DType::F32, &[8]));
+    let fresh = streams[0].alloc_tensor(DType::F32, &[8]).unwrap();
+    let op = |stream, op: Op, label: &'static str| Entry {
+        stream,
+        action: ListAction::Op(Box::new(op.label(label))),
+    };
+    let wait = |stream, target| Entry { stream, action: ListAction::Wait(target) };
+    let start = || wait(1, WaitFor::Start);
+    // What is refused, in which words, and how many commands each stream has been given by then.
+    let cases: Vec<(Vec<Entry>, Option<&str>, [u64; 2])> = vec![
+        (vec![op(0, copy(&x, &fresh), "a"), op(0, copy(&fresh, &y), "b")], None, [2, 0]),
+        (
+            vec![start(), op(1, copy(&x, &y), "a"), op(0, copy(&x, &y), "late")],
+            Some("hazard"),
+            [0, 2],
+        ),
+        (vec![op(0, copy(&x, &x), "late"), start()], Some("overlaps"), [0, 0]),
+        (
+            vec![
+                start(),
+                op(1, add(&x, &x, &y), "a"),
+                wait(0, WaitFor::Entry(1)),
+                op(0, copy(&x, &y), "b"),
+            ],
+            None,
+            [2, 2],
+        ),
+    ];
+    let given = || [0, 1].map(|i: usize| streams[i].point().value());
+    for (n, (entries, refused, expected)) in cases.into_iter().enumerate() {
+        // What one case left unordered is not the next one's mistake.
+        streams.iter().for_each(|s| s.synchronize(SOON).unwrap());
+        let before = given();
+        let launched = device.execute(&CommandList::new(entries, 2).unwrap(), &streams);
+        match (launched, refused) {
+            (Ok(()), None) => {}
+            (Err(Error::Usage(error)), Some(words)) => {
+                let text = error.to_string();
+                assert!(text.contains(words) && text.contains("late"), "case {n}: {text}");
+            }
+            (launched, _) => panic!("case {n}: {launched:?}"),
+        }
+        assert_eq!([0, 1].map(|i: usize| given()[i] - before[i]), expected, "case {n}");
+    }
+    let (a, b) = (die(0), streams[0].clone());
+    let list = CommandList::new(vec![], 1).unwrap();
+    let error = a.execute(&list, &[b]).unwrap_err().to_string();
+    assert!(error.contains("not of this system"), "{error}");
 }

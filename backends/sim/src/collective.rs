@@ -368,7 +368,8 @@ impl SimCommunicator {
         Err(Error::misuse(stream, kind.name(), label, problem))
     }
 
-    /// Queues this rank's batch on a stream; `placed` is the same batch over the simulator's memory.
+    /// Queues this rank's batch on a stream and returns its sequence number there; `placed` is the
+    /// same batch over the simulator's memory.
     #[expect(clippy::too_many_arguments, reason = "a batch, its memory, and how it is submitted")]
     pub(crate) fn submit(
         &self,
@@ -379,7 +380,7 @@ impl SimCommunicator {
         placed: &[Collective<SimTensor>],
         touches: &[Touch<'_>],
         launch: &Launch,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         let misuse = |problem| Error::misuse(self.device, kind.name(), label, problem);
         hal::collective::check(batch, self.rank, self.group.size).map_err(misuse)?;
         let parts: Vec<Part> = placed.iter().map(|c| Part::new(c, self.rank)).collect();
@@ -398,13 +399,12 @@ impl SimCommunicator {
             *count += 1;
             *count
         });
-        admitted.push(Work::Collective(Submission {
+        Ok(admitted.push(Work::Collective(Submission {
             group: self.group.clone(),
             rank: self.rank,
             round,
             parts: parts.into(),
-        }));
-        Ok(())
+        })))
     }
 }
 

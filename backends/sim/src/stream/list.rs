@@ -15,14 +15,14 @@ pub(crate) fn execute(
     let streams = streams.iter().map(|s| own(system, s)).collect::<Result<Vec<_>>>()?;
     let launch = Launch::default();
     let start = streams.first().map_or(0, |s| s.shared.submitted());
-    // What each entry's stream had been given when it was its turn: points of the list.
+    // The number that each entry got on its stream: points of the list.
     let mut values = Vec::with_capacity(list.entries().len());
     for Entry { stream, action } in list.entries() {
         let stream = streams[*stream];
-        match action {
+        values.push(match action {
             ListAction::Op(command) => stream.launch_op(command, &launch)?,
             ListAction::Collectives { communicator, batch, label } => {
-                stream.launch_collectives(communicator, batch, label, &launch)?;
+                stream.launch_collectives(communicator, batch, label, &launch)?
             }
             ListAction::Fill { region, byte } => stream.launch_fill(region, *byte, &launch)?,
             ListAction::Wait(target) => {
@@ -30,10 +30,9 @@ pub(crate) fn execute(
                     WaitFor::Start => (0, start),
                     WaitFor::Entry(e) => (list.entries()[e].stream, values[e]),
                 };
-                stream.shared.wait_for(&streams[other].shared, value, &launch)?;
+                stream.shared.wait_for(&streams[other].shared, value, &launch)?
             }
-        }
-        values.push(stream.shared.submitted());
+        });
     }
     Ok(())
 }

@@ -81,15 +81,15 @@ impl SimStream {
         Ok(SimTensor::new(tensor, memory.clone()))
     }
 
-    fn launch_fill(&self, dst: &Region, byte: u8, launch: &Launch) -> Result<()> {
+    fn launch_fill(&self, dst: &Region, byte: u8, launch: &Launch) -> Result<u64> {
         let memory = self.region(dst)?.clone();
         let touches =
             [Touch { memory: &memory, offset: dst.offset, len: dst.len, access: Access::Write }];
         let work = Work::Fill { memory: memory.clone(), offset: dst.offset, len: dst.len, byte };
-        self.shared.submit(CommandKind::Fill, "fill".into(), &touches, work, launch).map(|_| ())
+        self.shared.submit(CommandKind::Fill, "fill".into(), &touches, work, launch)
     }
 
-    fn launch_op(&self, command: &Command, launch: &Launch) -> Result<()> {
+    fn launch_op(&self, command: &Command, launch: &Launch) -> Result<u64> {
         if let Err(reason) = kernels::supports(&command.op.desc()) {
             return Err(Error::Unsupported {
                 device: self.shared.id.device,
@@ -111,8 +111,7 @@ impl SimStream {
         // The touches borrow the op that is about to move into the queue.
         let admitted = self.shared.admit(kind, &command.label, &touches, launch)?;
         drop(touches);
-        admitted.push(Work::Op(Box::new(op)));
-        Ok(())
+        Ok(admitted.push(Work::Op(Box::new(op))))
     }
 
     fn launch_collectives(
@@ -121,8 +120,8 @@ impl SimStream {
         batch: &[Collective],
         label: &Label,
         launch: &Launch,
-    ) -> Result<()> {
-        let Some(first) = batch.first() else { return Ok(()) };
+    ) -> Result<u64> {
+        let Some(first) = batch.first() else { return Ok(self.shared.submitted()) };
         let kind = CommandKind::Collective(first.kind());
         let Some(communicator) = communicator.as_any().downcast_ref::<SimCommunicator>() else {
             return Err(self.misuse(kind, label, "the communicator is another backend's".into()));
@@ -251,11 +250,11 @@ impl Stream for SimStream {
     }
 
     fn fill(&self, dst: &Region, byte: u8) -> Result<()> {
-        self.launch_fill(dst, byte, &Launch::default())
+        self.launch_fill(dst, byte, &Launch::default()).map(|_| ())
     }
 
     fn submit(&self, command: &Command) -> Result<()> {
-        self.launch_op(command, &Launch::default())
+        self.launch_op(command, &Launch::default()).map(|_| ())
     }
 
     fn submit_collectives(
@@ -264,7 +263,7 @@ impl Stream for SimStream {
         batch: &[Collective],
         label: &Label,
     ) -> Result<()> {
-        self.launch_collectives(communicator, batch, label, &Launch::default())
+        self.launch_collectives(communicator, batch, label, &Launch::default()).map(|_| ())
     }
 
     fn wait(&self, point: &Point) -> Result<()> {
@@ -272,7 +271,7 @@ impl Stream for SimStream {
             let problem = format!("the point on {} is another backend's", point.stream());
             return Err(self.misuse(CommandKind::Wait, &"wait".into(), problem));
         };
-        self.shared.wait_for(target, point.value(), &Launch::default())
+        self.shared.wait_for(target, point.value(), &Launch::default()).map(|_| ())
     }
 
     fn point(&self) -> Point {

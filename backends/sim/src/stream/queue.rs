@@ -358,15 +358,16 @@ impl StreamShared {
         Ok(())
     }
 
-    /// Queues a wait for another stream.
+    /// Queues a wait for another stream, and returns the number of the last command, which it is
+    /// unless there is nothing to wait for.
     pub(crate) fn wait_for(
         self: &Arc<Self>,
         target: &StreamShared,
         value: u64,
         launch: &Launch,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         if target.id == self.id {
-            return Ok(());
+            return Ok(self.submitted());
         }
         if !Arc::ptr_eq(&target.system, &self.system) {
             let problem = format!("the point on {} is another system's", target.id);
@@ -374,12 +375,11 @@ impl StreamShared {
         }
         let Some(target) = self.system.dies[target.id.device.0 as usize].stream(target.id) else {
             // A stream that nobody holds has no points either.
-            return Ok(());
+            return Ok(self.submitted());
         };
         let admitted = self.admit(CommandKind::Wait, &"wait".into(), &[], launch)?;
         self.system.order.wait(self.id, admitted.sequence, target.id, value);
-        admitted.push(Work::Wait { target, value });
-        Ok(())
+        Ok(admitted.push(Work::Wait { target, value }))
     }
 
     /// Asks a worker to drain the stream.
