@@ -153,6 +153,10 @@ impl Slot {
 
 /// What a node does.
 #[derive(Clone, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all nodes are ops: a box would be an allocation each and save nothing"
+)]
 pub enum Work {
     /// Computes.
     Op(Op<Slot>),

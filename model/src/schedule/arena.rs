@@ -29,6 +29,9 @@ struct Life {
     last: usize,
 }
 
+/// What values are placed by.
+type Key = (std::cmp::Reverse<u64>, std::cmp::Reverse<usize>);
+
 /// Plans the workspace by best fit, in several orders, and takes the smallest.
 pub(super) fn plan(graph: &Graph, accesses: &Accesses, order: &Order) -> Arena {
     let mut lives: Vec<Life> = Vec::new();
@@ -49,7 +52,7 @@ pub(super) fn plan(graph: &Graph, accesses: &Accesses, order: &Order) -> Arena {
     let mut best = place(&lives, accesses, order);
     // Good enough for most graphs; where several lanes keep values apart, other orders may pack
     // better: large ones first, or from the end of the graph.
-    let orders: [fn(&Life) -> (std::cmp::Reverse<u64>, std::cmp::Reverse<usize>); 2] = [
+    let orders: [fn(&Life) -> Key; 2] = [
         |l| (std::cmp::Reverse(l.size), std::cmp::Reverse(l.last)),
         |l| (std::cmp::Reverse(l.last as u64), std::cmp::Reverse(l.size as usize)),
     ];

@@ -78,7 +78,7 @@ impl Fusion<'_> {
             Work::Op(Op::SwiGlu(swiglu)) if own => swiglu_and_quantize(swiglu, quantize)?,
             _ => return None,
         };
-        let apart = !overlaps_itself(&op) || may_move(graph, first, second);
+        let apart = !overlaps_itself(&op) && may_move(graph, first, second);
         (apart && self.is_supported(&op)).then_some(op)
     }
 

@@ -158,7 +158,11 @@ fn a_difference_is_found_and_the_op_is_named() {
     with_other_weight(&file, &other);
     let report = replay(other.to_str().unwrap(), &[], 1);
     let first = &report["differences"][0]["wrote"];
-    assert_eq!((&first["op"], &first["operand"]), (&"rms_norm".into(), &"out".into()), "{report}");
+    assert_eq!(
+        (&first["op"], &first["operand"]),
+        (&"rms_norm_quantize".into(), &"q".into()),
+        "{report}"
+    );
     let (code, out, errors) = dsv3(&["replay", other.to_str().unwrap()]);
     assert_eq!(code, 1);
     assert!(

@@ -69,8 +69,13 @@ impl Player<'_> {
 
     fn differs(&mut self, difference: Difference) {
         self.report.different += 1;
-        if self.report.differences.len() < self.options.described {
-            self.report.differences.push(difference);
+        // What was written first is nearest to the cause, whenever it was looked at.
+        let written = |d: &Difference| d.wrote.as_ref().map_or(d.record, |by| by.record);
+        let described = &mut self.report.differences;
+        let at = described.partition_point(|d| written(d) <= written(&difference));
+        if at < self.options.described {
+            described.insert(at, difference);
+            described.truncate(self.options.described);
         }
     }
 
