@@ -80,7 +80,8 @@ mod tests {
 
     fn combined<T: bytemuck::Pod>(ranks: &[Vec<T>], dtype: DType, reduction: Reduction) -> Vec<T> {
         let inputs: Vec<&[u8]> = ranks.iter().map(|v| bytemuck::cast_slice(v)).collect();
-        bytemuck::pod_collect_to_vec(&reduce(&inputs, dtype, reduction))
+        let sums = reduce(&inputs, dtype, reduction);
+        sums.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
     }
 
     #[test]
