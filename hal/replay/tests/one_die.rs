@@ -74,20 +74,21 @@ fn a_value_that_differs_is_found_with_the_command_that_wrote_it() {
     let report = replay(&other);
     assert!(!report.is_equal());
     assert_eq!((report.different, report.failures.len()), (3, 0), "{report:#?}");
-    // The pinned copy of the first sum: row 0, column 2.
+    // What was written first comes first: the partial read at the end, of bytes 8..40 of the norms.
     let first = &report.differences[0];
-    assert_eq!((first.byte, first.of), (Some(8), Some(24)));
-    let text = first.to_string();
+    assert_eq!((first.byte, first.of), (Some(8), Some(32)));
+    let wrote = first.wrote.as_ref().unwrap();
+    assert_eq!((wrote.op.as_str(), wrote.label.as_str()), ("rms_norm", "norm 0"));
+    assert_eq!((wrote.operand.as_str(), wrote.stream.as_str()), ("out", "compute"));
+    // The pinned copy of the first sum: row 0, column 2.
+    let copy = report.differences.iter().find(|d| d.of == Some(24)).unwrap();
+    assert_eq!(copy.byte, Some(8));
+    let text = copy.to_string();
     for words in
         ["written by transfer (dst; command 6 of stream \"compute\" on die 0", "by add \"sum\""]
     {
         assert!(text.contains(words), "{text}");
     }
-    // The partial read at the end, which two ops with gaps wrote: bytes 8..40 of the norms.
-    let last = report.differences.last().unwrap();
-    let wrote = last.wrote.as_ref().unwrap();
-    assert_eq!((wrote.op.as_str(), wrote.label.as_str()), ("rms_norm", "norm 0"));
-    assert_eq!((wrote.operand.as_str(), wrote.stream.as_str()), ("out", "compute"));
 }
 
 #[test]

@@ -14,7 +14,7 @@
 //!
 //! Before that, [`fuse`] merges neighbours that a device can run as one op.
 //!
-//! [`interleave`] merges the graphs of two micro-batches, so that one's collectives hide behind the
+//! [`interleave()`] merges the graphs of two micro-batches, so that one's collectives hide behind the
 //! other's computation (DeepSeek-V3 report, section 3.2; DeepSeek's two-micro-batch overlap).
 
 mod arena;
