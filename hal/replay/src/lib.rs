@@ -7,7 +7,7 @@
 //!
 //! - [`Recorder`] wraps the devices of a system and writes the file as the run goes on.
 //! - [`replay`] makes the calls again and reports what came out otherwise.
-//! - [`dump`] prints a recording as text.
+//! - [`dump()`] prints a recording as text.
 //!
 //! The file's layout is described in [`file`](mod@file), its contents in [`record`].
 //!

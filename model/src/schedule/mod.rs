@@ -12,7 +12,7 @@
 //! 3. **Places.** Scratch values share bytes where one's last use is ordered before the other's
 //!    first, by lanes and waits as they are: sharing never adds a wait.
 //!
-//! Before that, [`fuse`] merges neighbours that a device can run as one op.
+//! Before that, [`fuse()`] merges neighbours that a device can run as one op.
 //!
 //! [`interleave()`] merges the graphs of two micro-batches, so that one's collectives hide behind the
 //! other's computation (DeepSeek-V3 report, section 3.2; DeepSeek's two-micro-batch overlap).
