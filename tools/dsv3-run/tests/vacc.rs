@@ -144,3 +144,31 @@ fn what_the_library_refuses_and_what_fails_on_it_is_told() {
         assert!(text.contains(words), "{text}");
     }
 }
+
+#[test]
+fn both_backends_agree_on_several_dies() {
+    let runtime = runtime();
+    for plan in [
+        &["--tensor-parallel-size", "4"][..],
+        &["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2", "--enforce-eager"],
+        &[
+            "--tensor-parallel-size",
+            "2",
+            "--data-parallel-size",
+            "2",
+            "--expert-parallel",
+            "--overlap",
+            "two-batch",
+        ],
+    ] {
+        let common = [&["--json", "-"], plan].concat();
+        let sim = json(&dsv3(&common).output().unwrap());
+        let vacc = ["--backend", "vacc", "--vacc-runtime", &runtime];
+        let vacc = json(&dsv3(&[&common[..], &vacc].concat()).output().unwrap());
+        assert_eq!(sim["text"], "The capital of France is Paris.", "{plan:?}");
+        assert_eq!(vacc["token_ids"], sim["token_ids"], "{plan:?}");
+        for key in ["prefill_ms", "decode_ms"] {
+            assert_eq!(vacc["timing"][key], sim["timing"][key], "{plan:?}: {key}");
+        }
+    }
+}
