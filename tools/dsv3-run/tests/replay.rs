@@ -212,3 +212,18 @@ fn unusable_files_and_flags_are_refused() {
         assert_eq!(dsv3(args).0, 2, "{args:?}");
     }
 }
+
+#[test]
+fn a_generation_over_several_dies_replays_equal() {
+    let folder = Folder::new();
+    for (name, plan) in [
+        ("tensor", &["--tensor-parallel-size", "2", "--overlap", "two-batch"][..]),
+        ("expert", &["--data-parallel-size", "2", "--expert-parallel"]),
+    ] {
+        let file = folder.record(name, &[SHORT, plan].concat(), 0);
+        let report = replay(&file, &[], 0);
+        assert_eq!(report["recorded_dies"].as_array().unwrap().len(), 2, "{report}");
+        assert_eq!((&report["different"], &report["skipped"]), (&0.into(), &0.into()), "{report}");
+        assert!(report["reads"].as_u64().unwrap() > 0, "{report}");
+    }
+}
