@@ -8,7 +8,7 @@ mod exchange;
 mod movement;
 mod reduce;
 
-use crate::cost::Cost;
+use crate::cost::{Cost, Exchanged};
 use crate::memory::{BorrowError, Guards, Memory, SimTensor, Slot, Span};
 use crate::stream::{Held, Launch, StreamShared, Touch, Work};
 use crate::system::Shared;
@@ -247,18 +247,8 @@ fn total_cost(system: &Shared, batch: &[Part], bytes: &[u64], devices: &[DeviceI
     if !system.mode.timed() {
         return Cost::NOTHING;
     }
-    let costs = batch
-        .iter()
-        .zip(bytes)
-        .map(|(part, &bytes)| system.cost.collective(part.kind, bytes, devices, &system.topology));
-    costs
-        .reduce(|a, b| Cost {
-            picos: a.picos + b.picos,
-            operations: a.operations + b.operations,
-            bytes: a.bytes + b.bytes,
-            bound: a.bound,
-        })
-        .unwrap_or(Cost::NOTHING)
+    let parts = batch.iter().zip(bytes).map(|(part, &bytes)| part.exchanged(bytes));
+    system.cost.batch(parts, devices, &system.topology)
 }
 
 /// Carries out a send and its receive.
@@ -287,8 +277,7 @@ fn run_pair(
     let start = send.batch.ready.max(receive.batch.ready);
     let cost = match system.mode.timed() {
         true => system.cost.collective(
-            CollectiveKind::Send,
-            a.desc.bytes(),
+            &Exchanged { kind: CollectiveKind::Send, bytes: a.desc.bytes(), rows: 0 },
             &[a.memory.device, b.memory.device],
             &system.topology,
         ),
@@ -329,7 +318,7 @@ impl PeerBatch {
             let bound = hal::trace::Bound::Link;
             held.complete(
                 self.ready,
-                Cost { picos: end - self.ready, operations: 0, bytes, bound },
+                Cost { picos: end - self.ready, bytes, bound, ..Cost::NOTHING },
             );
         }
     }

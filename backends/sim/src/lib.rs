@@ -24,6 +24,7 @@ pub mod machine;
 mod memory;
 mod stream;
 mod system;
+pub mod timeline;
 mod workers;
 
 pub use machine::{Machine, MachineError};

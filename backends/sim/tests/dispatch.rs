@@ -230,6 +230,8 @@ fn back(die: &Die, group: &Arc<dyn Communicator>, hop: &Hop, from: &Rows, y: &Te
         row_offsets: from.offsets.clone(),
         out: out.clone(),
         expected_rows: 0,
+        expected_rows: 0,
+        expected_copies: 0,
     });
     out
 }
@@ -270,6 +272,8 @@ fn experts(die: &Die, rows: &Rows, first: usize, each: usize) -> Tensor {
         row_offsets: rows.offsets.clone(),
         out: out.clone(),
         expected_rows: 0,
+        expected_rows: 0,
+        expected_copies: 0,
     });
     out
 }

@@ -1,5 +1,5 @@
 /*
- * vacc.h: a C ABI for VACC-style accelerator runtimes, version 1.2.
+ * vacc.h: a C ABI for VACC-style accelerator runtimes, version 1.3.
  *
  * This is this project's own interface. It is NOT a vendor's: no name, layout or value here comes
  * from a vendor's header. A vendor's runtime is reached through a small adapter library that
@@ -82,7 +82,7 @@ extern "C" {
 #endif
 
 #define VACC_ABI_MAJOR 1u
-#define VACC_ABI_MINOR 2u
+#define VACC_ABI_MINOR 3u
 
 /* Lengths of text fields, terminator included. */
 #define VACC_NAME_LENGTH 64u
@@ -697,7 +697,7 @@ typedef struct vacc_op_moe_combine {
   vacc_tensor out; /* written: [T, H], as y */
   vacc_tensor row_offsets; /* read, optional: [n + 1], I32: output rows from its last element on are left as they are. More than T is a data error; since 1.1 */
   uint32_t expected_rows; /* Output rows expected to count where row_offsets is present, for cost models; 0 for all; since 1.1 */
-  uint32_t reserved_1; /* 0 */
+  uint32_t expected_copies; /* Rows of y expected to be added in all, for cost models; 0 for k of each output row; since 1.3 */
 } vacc_op_moe_combine;
 
 /* out = a + b. out may be a or b. */

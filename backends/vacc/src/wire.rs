@@ -524,7 +524,7 @@ descriptors! {
     }
     MoeCombine = VACC_OP_MOE_COMBINE, vacc_op_moe_combine grown from row_offsets {
         Read y, Read rows, MaybeRead weights, MaybeRead base, MaybeRead row_offsets, Write out;
-        expected_rows: u32
+        expected_rows: u32, expected_copies: u32
     }
     Add = VACC_OP_ADD, vacc_op_add {
         Read a, Read b, Write out;

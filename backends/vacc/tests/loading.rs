@@ -45,7 +45,7 @@ fn versions_of_this_major_are_taken_and_others_have_errors_of_their_own() {
         match refusal(fake("v2.3", &["-DFAKE_MAJOR=2", "-DFAKE_MINOR=3"])) {
             Refusal::TooNew(version) => {
                 let text = Refusal::TooNew(version).to_string();
-                assert!(text.contains("2.3") && text.contains("needs 1.2"), "{text}");
+                assert!(text.contains("2.3") && text.contains("needs 1.3"), "{text}");
             }
             other => panic!("{other:?}"),
         }

@@ -681,6 +681,8 @@ ops! {
         /// Output rows expected to count where `row_offsets` is present, for cost models; 0 for
         /// all.
         expected_rows: u32,
+        /// Rows of `y` expected to be added in all, for cost models; 0 for k of each output row.
+        expected_copies: u32,
     }
 
     /// `out = a + b`. `out` may be `a` or `b`.

@@ -185,11 +185,16 @@ pub fn work(op: &Op<TensorDesc>, routing: Option<Routing>) -> Work {
         }
         Op::MoeCombine(o) => {
             let rows = counted(&o.row_offsets, o.expected_rows, &o.out);
-            let copies = rows * last(&o.rows);
-            // A row number for each copy, and a weight.
+            let slots = rows * last(&o.rows);
+            let copies = match o.expected_copies {
+                0 => slots,
+                copies => slots.min(u64::from(copies)),
+            };
+            // A row number for each slot, and a weight.
             let told = 4 + u64::from(o.weights.is_some()) * 4;
             work.vector_ops = 2 * copies * last(&o.y);
-            work.read_bytes = copies * (last(&o.y) * size(&o.y) + told)
+            work.read_bytes = copies * last(&o.y) * size(&o.y)
+                + slots * told
                 + o.base.map_or(0, |b| rows_of(&b, rows))
                 + bytes_of(&o.row_offsets);
             work.write_bytes = rows_of(&o.out, rows);

@@ -8,7 +8,8 @@
 
 use super::Slot;
 use super::builder::{Activations, Counted};
-use super::deepseek::Model;
+use super::deepseek::{Form, Model};
+use crate::config::ModelConfig;
 use crate::plan::{ExpertPlacement, Group};
 use crate::weights::Role;
 use hal::op::{self, Routing};
@@ -21,11 +22,13 @@ struct Chosen {
     weights: Slot,
 }
 
-/// One hop of a dispatch: who shares it, and what each destination holds.
+/// One hop of a dispatch: who shares it, what each destination holds, and how many rows a rank is
+/// expected to send.
 struct Hop {
     group: Group,
     destinations: usize,
     experts_each: usize,
+    expected: usize,
 }
 
 /// Tokens as they stand before a hop, or after it on the receiving side.
@@ -106,8 +109,16 @@ impl Model<'_> {
         let base = self.shared_experts(layer, x);
         let out = self.b.scratch("moe", &[tokens, c.hidden_size]);
         let weights = Some(chosen.weights);
-        let combine =
-            op::MoeCombine { y, rows, weights, base, out, row_offsets: None, expected_rows: 0 };
+        let combine = op::MoeCombine {
+            y,
+            rows,
+            weights,
+            base,
+            out,
+            row_offsets: None,
+            expected_rows: 0,
+            expected_copies: 0,
+        };
         self.b.push("combine", combine);
         out
     }
@@ -173,15 +184,21 @@ impl Model<'_> {
         let c = self.c;
         let (ranks, node) = (self.rank.expert.size, self.rank.node_size);
         let per_rank = placement.per_rank();
-        let hops = match node == ranks {
-            true => vec![Hop { group: Group::Expert, destinations: ranks, experts_each: per_rank }],
+        let met = |destinations| destinations_met(c, placement.physical(), destinations);
+        let hop = |group, destinations: usize, experts_each, copies: f64| Hop {
+            group,
+            destinations,
+            experts_each,
+            expected: (x.rows() as f64 * copies).ceil() as usize,
+        };
+        // Straight to each rank where latency counts, as DeepEP's low-latency kernels for decode do;
+        // once to each node and on from there where bandwidth does.
+        let direct = node == ranks || self.shape.form == Form::Absorbed;
+        let hops = match direct {
+            true => vec![hop(Group::Expert, ranks, per_rank, met(ranks))],
             false => vec![
-                Hop {
-                    group: Group::ExpertNodes,
-                    destinations: ranks / node,
-                    experts_each: per_rank * node,
-                },
-                Hop { group: Group::ExpertNode, destinations: node, experts_each: per_rank },
+                hop(Group::ExpertNodes, ranks / node, per_rank * node, met(ranks / node)),
+                hop(Group::ExpertNode, node, per_rank, met(ranks)),
             ],
         };
         let (plain, scales) = x.operand(self.b.dtype(layer, Role::ExpertsGateUp));
@@ -208,6 +225,8 @@ impl Model<'_> {
         };
         let routing = Routing { active_experts: active(tokens, k, placement), ..routing };
         let (mut y, mut rows) = self.experts(layer, &at, per_rank, copies, routing);
+        // Rows that the next sum adds: what each expert made, then what came back.
+        let mut adds = routing.rows;
         let mut weights = Some(at.chosen.weights);
         let mut counted = at.counted;
         for trace in sent.into_iter().rev() {
@@ -224,8 +243,10 @@ impl Model<'_> {
                     out,
                     row_offsets: counted.map(|c| c.offsets),
                     expected_rows: counted.map_or(0, |c| c.expected as u32),
+                    expected_copies: adds,
                 },
             );
+            adds = counted.map_or(0, |c| c.expected as u32);
             let back = self.b.scratch("returned", &[trace.capacity, c.hidden_size]);
             let way_back = Collective::AllToAllV {
                 send: out,
@@ -249,6 +270,7 @@ impl Model<'_> {
                 out,
                 row_offsets: None,
                 expected_rows: 0,
+                expected_copies: adds,
             },
         );
         out
@@ -265,14 +287,8 @@ impl Model<'_> {
     ) -> (Travellers, Sent) {
         let Travellers { x, x_scales, chosen, counted } = tokens;
         let (count, k) = (chosen.experts.desc().dim(0), chosen.experts.desc().dim(1));
-        let Hop { group, destinations, experts_each } = *hop;
+        let Hop { group, destinations, experts_each, expected } = *hop;
         let capacity = count * k.min(destinations);
-        let average = match counted {
-            Some(counted) => counted.expected as f64,
-            None => count as f64,
-        };
-        let met = destinations_met(k, destinations, first || counted.is_none());
-        let expected = (average * met).ceil() as usize;
         let dtype = x.desc().dtype();
         // As many tokens as there are may all come here.
         let arriving = self.shape.expert_tokens;
@@ -336,16 +352,82 @@ impl Model<'_> {
     }
 }
 
-/// How many of `destinations` a token with `k` experts meets on average, experts being equally
-/// likely to be anywhere. A token that has come over a hop meets at least one.
-fn destinations_met(k: usize, destinations: usize, any: bool) -> f64 {
-    let d = destinations as f64;
-    let met = d * (1.0 - (1.0 - 1.0 / d).powi(k as i32));
-    if any { met } else { met.max(1.0) }
+/// How many of `destinations`, each with an equal part of the experts, a token meets on average
+/// under balanced routing that keeps some groups of experts for each token (section 2.1.2 of the
+/// report: node-limited routing).
+fn destinations_met(c: &ModelConfig, experts: usize, destinations: usize) -> f64 {
+    let (groups, kept) = (c.n_group.max(1), c.topk_group.clamp(1, c.n_group.max(1)));
+    let (of_group, of_one) = (experts as f64 / groups as f64, experts as f64 / destinations as f64);
+    // Groups that a destination spans: it may have several of those kept, or be part of one.
+    let spans = ((of_one / of_group).round() as usize).clamp(1, groups);
+    let within = (of_one / spans as f64).min(of_group);
+    let k = c.num_experts_per_tok;
+    let met: f64 = (0..=spans.min(kept))
+        .map(|j| {
+            let none = none_of(kept as f64 * of_group, j as f64 * within, k);
+            chance_of(groups, kept, spans, j) * (1.0 - none)
+        })
+        .sum();
+    (destinations as f64 * met).min(k as f64)
+}
+
+/// The probability that `k` different ones of `all` miss `some` of them.
+fn none_of(all: f64, some: f64, k: usize) -> f64 {
+    let miss = |i: usize| ((all - some - i as f64) / (all - i as f64).max(1.0)).clamp(0.0, 1.0);
+    (0..k).map(miss).product()
+}
+
+/// The probability that of `spans` groups exactly `j` are among the `kept` of `groups`.
+fn chance_of(groups: usize, kept: usize, spans: usize, j: usize) -> f64 {
+    let choose = |n: usize, r: usize| -> f64 {
+        if r > n { 0.0 } else { (0..r).map(|i| (n - i) as f64 / (i + 1) as f64).product() }
+    };
+    choose(spans, j) * choose(groups - spans, kept - j.min(kept)) / choose(groups, kept)
 }
 
 /// Experts of one rank that are expected to have tokens.
 fn active(tokens: usize, k: usize, placement: &ExpertPlacement) -> u32 {
     let all = Routing::uniform(tokens, k, placement.physical()).active_experts as usize;
     (all.div_ceil(placement.ranks())).clamp(1, placement.per_rank()) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Preset;
+
+    #[test]
+    fn destinations_met_by_counting_draws() {
+        // Against draws: four groups of eight, then eight of their experts, all equally likely.
+        let v3 = Preset::DeepSeekV3.config();
+        let mut state = 1u64;
+        let mut below = |n: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) as usize % n
+        };
+        let mut draw = |n: usize, k: usize| {
+            let mut all: Vec<usize> = (0..n).collect();
+            (0..k).map(|_| all.swap_remove(below(all.len()))).collect::<Vec<_>>()
+        };
+        for destinations in [2, 4, 8, 16, 32, 64, 128] {
+            let mut met = 0;
+            let draws = 4000;
+            for _ in 0..draws {
+                let groups = draw(8, 4);
+                let mut at: Vec<usize> = draw(128, 8)
+                    .into_iter()
+                    .map(|e| (groups[e / 32] * 32 + e % 32) / (256 / destinations))
+                    .collect();
+                at.sort_unstable();
+                at.dedup();
+                met += at.len();
+            }
+            let (drawn, told) =
+                (met as f64 / f64::from(draws), destinations_met(&v3, 256, destinations));
+            assert!(
+                (drawn / told - 1.0).abs() < 0.02,
+                "{destinations}: {drawn} drawn, {told} told"
+            );
+        }
+    }
 }

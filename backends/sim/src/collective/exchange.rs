@@ -1,5 +1,6 @@
 //! What each rank brings to a collective, and whether all mean the same.
 
+use crate::cost::Exchanged;
 use crate::memory::SimTensor;
 use hal::{Collective, CollectiveKind, DType, PeerCounts, Reduction};
 use std::sync::Arc;
@@ -91,6 +92,17 @@ impl Part {
             }
             _ => of(&self.send).max(of(&self.recv)),
         }
+    }
+}
+
+impl Part {
+    /// What the cost model needs to know, where so many bytes are sent or received at most.
+    pub(crate) fn exchanged(&self, bytes: u64) -> Exchanged {
+        let rows = match &self.shape {
+            Shape::ExchangeRows { width } => bytes / ((width * self.dtype().size()) as u64).max(1),
+            _ => 0,
+        };
+        Exchanged { kind: self.kind, bytes, rows }
     }
 }
 

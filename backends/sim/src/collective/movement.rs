@@ -65,8 +65,10 @@ fn one(memory: &mut Buffers<'_>, parts: &[&Part]) -> Result<u64, Obstacle> {
             let ranges = (0..parts.len())
                 .map(|r| sent(memory, parts[r], parts.len()).map_err(|e| Obstacle::Data(r, e)))
                 .collect::<Result<Vec<_>, _>>()?;
-            bytes =
-                ranges.iter().map(|r| r.iter().map(|r| r.len() as u64).sum()).max().unwrap_or(0);
+            let out = |rank: usize| -> usize { ranges[rank].iter().map(Range::len).sum() };
+            let into = |rank: usize| -> usize { ranges.iter().map(|r| r[rank].len()).sum() };
+            let most = (0..parts.len()).map(|rank| out(rank).max(into(rank))).max();
+            bytes = most.unwrap_or(0) as u64;
             starts = received(parts, &ranges)?;
             Results::Each(exchange(&inputs, &ranges))
         }

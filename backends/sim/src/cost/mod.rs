@@ -13,6 +13,7 @@ pub use network::Network;
 pub use roofline::Roofline;
 pub use tile::{Detail, Explained, Layout, TileModel};
 
+use crate::timeline::Shares;
 use hal::op::Routing;
 use hal::trace::Bound;
 use hal::{CollectiveKind, DeviceId, Op, TensorDesc, Topology};
@@ -28,11 +29,26 @@ pub struct Cost {
     pub bytes: u64,
     /// What decides.
     pub bound: Bound,
+    /// What it uses of its die while it runs.
+    pub shares: Shares,
+}
+
+/// What a rank brings to a collective: of all ranks, the one with the most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exchanged {
+    /// The kind.
+    pub kind: CollectiveKind,
+    /// The reduced or broadcast tensor, the gathered or scattered whole, or all that one rank sends
+    /// or receives.
+    pub bytes: u64,
+    /// Rows that it sends or receives, where rows go to ranks by values in memory.
+    pub rows: u64,
 }
 
 impl Cost {
     /// A command that only marks a place in its stream.
-    pub const NOTHING: Cost = Cost { picos: 0, operations: 0, bytes: 0, bound: Bound::Unknown };
+    pub const NOTHING: Cost =
+        Cost { picos: 0, operations: 0, bytes: 0, bound: Bound::Unknown, shares: Shares::NONE };
 }
 
 /// Where a transfer goes.
@@ -57,19 +73,42 @@ pub trait CostModel: Send + Sync + std::fmt::Debug {
     /// Setting `bytes`.
     fn fill(&self, bytes: u64) -> Cost;
 
-    /// A collective in which the rank with the most to do sends or receives `bytes`: the reduced
-    /// or broadcast tensor, the gathered or scattered whole, or all that one rank sends.
-    fn collective(
-        &self,
-        kind: CollectiveKind,
-        bytes: u64,
-        ranks: &[DeviceId],
-        topology: &Topology,
-    ) -> Cost;
+    /// A collective.
+    fn collective(&self, what: &Exchanged, ranks: &[DeviceId], topology: &Topology) -> Cost;
 
     /// Picoseconds of host time to issue a command.
     fn host_issue(&self) -> u64;
 
     /// Picoseconds from a command's end until the host knows.
     fn host_sync(&self) -> u64;
+}
+
+impl dyn CostModel {
+    /// A batch of collectives: those of one kind travel together.
+    pub fn batch(
+        &self,
+        batch: impl IntoIterator<Item = Exchanged>,
+        ranks: &[DeviceId],
+        topology: &Topology,
+    ) -> Cost {
+        let mut together: Vec<Exchanged> = Vec::new();
+        for part in batch {
+            match together.iter_mut().find(|known| known.kind == part.kind) {
+                Some(known) => {
+                    known.bytes += part.bytes;
+                    known.rows = known.rows.max(part.rows);
+                }
+                None => together.push(part),
+            }
+        }
+        let costs = together.iter().map(|part| self.collective(part, ranks, topology));
+        costs
+            .reduce(|a, b| Cost {
+                picos: a.picos + b.picos,
+                operations: a.operations + b.operations,
+                bytes: a.bytes + b.bytes,
+                ..if a.picos < b.picos { b } else { a }
+            })
+            .unwrap_or(Cost::NOTHING)
+    }
 }

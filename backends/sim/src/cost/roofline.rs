@@ -1,7 +1,8 @@
 //! The first time model: each op takes as long as its scarcest resource, plus a launch.
 
-use super::{Cost, CostModel, Path};
+use super::{Cost, CostModel, Exchanged, Path};
 use crate::machine::{Machine, picos};
+use crate::timeline::{Resource, Shares};
 use hal::op::{self, Routing, Work};
 use hal::trace::Bound;
 use hal::{CollectiveKind, DType, DeviceId, Op, TensorDesc, Topology};
@@ -58,7 +59,15 @@ impl Roofline {
             }
         }
         let picos = self.launch + (work * 1e12).ceil() as u64;
-        Cost { picos, operations, bytes, bound: longest.0 }
+        // Shares of what the work would use if nothing but its scarcest resource took time.
+        let part = |bound| {
+            let seconds: f64 = parts.iter().filter(|p| p.0 == bound).map(|p| p.1).sum();
+            if picos == 0 { 0.0 } else { seconds * 1e12 / picos as f64 }
+        };
+        let shares = Shares::NONE
+            .with(Resource::Memory, part(Bound::Memory))
+            .with(Resource::Compute, part(Bound::Matrix).max(part(Bound::Vector)));
+        Cost { picos, operations, bytes, bound: longest.0, shares }
     }
 }
 
@@ -90,13 +99,8 @@ impl CostModel for Roofline {
         self.cost(&[(Bound::Memory, bytes as f64 / self.machine.memory_rate())], 0, bytes)
     }
 
-    fn collective(
-        &self,
-        kind: CollectiveKind,
-        bytes: u64,
-        ranks: &[DeviceId],
-        topology: &Topology,
-    ) -> Cost {
+    fn collective(&self, what: &Exchanged, ranks: &[DeviceId], topology: &Topology) -> Cost {
+        let Exchanged { kind, bytes, .. } = *what;
         let n = ranks.len() as f64;
         let Some(link) = topology.widest(ranks) else {
             return self.cost(
@@ -191,8 +195,8 @@ mod tests {
         let (model, topology) = (Roofline::new(&machine), machine.topology());
         let ranks: Vec<_> = (0..32).map(DeviceId).collect();
         let time = |bytes| {
-            model.collective(CollectiveKind::AllReduce, bytes, &ranks, &topology).picos
-                - model.launch
+            let what = Exchanged { kind: CollectiveKind::AllReduce, bytes, rows: 0 };
+            model.collective(&what, &ranks, &topology).picos - model.launch
         };
         let link = topology.widest(&ranks).unwrap();
         let ring_floor = 2.0 * 31.0 / 32.0 * 1e9 / link.bytes_per_second * 1e12;

@@ -79,6 +79,8 @@ const COUNTS: &[&str] = &[
     "kernels.decode_rows",
     "kernels.prefill_rows",
     "kernels.attention_keys",
+    "kernels.low_latency_rows",
+    "kernels.communication_cores",
 ];
 
 impl Machine {
@@ -164,7 +166,8 @@ impl Machine {
         for (field, constant) in self.constants() {
             let v = constant.value;
             // A latency may be nothing; a rate of zero would never finish.
-            let may_be_zero = ["_us", "_ns", "_ops"].iter().any(|end| field.ends_with(end));
+            let may_be_zero =
+                ["_us", "_ns", "_ops", "_cores"].iter().any(|end| field.ends_with(end));
             if !v.is_finite() || v < 0.0 || (v == 0.0 && !may_be_zero) || v > 1e12 {
                 return impossible(&field, v, "a positive number");
             }

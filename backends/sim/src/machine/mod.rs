@@ -113,6 +113,8 @@ pub struct Launch {
     pub kernel_us: Constant,
     /// Time until the host notices that a command is done, in microseconds.
     pub sync_us: Constant,
+    /// Host time between two steps, in microseconds: choosing tokens, choosing who goes next.
+    pub step_us: Constant,
 }
 
 /// How a kernel library cuts a matrix product into tiles.
@@ -169,8 +171,14 @@ pub struct Kernels {
     pub token_us: Constant,
     /// Fixed time of a throughput-oriented exchange: counting, barriers; in microseconds.
     pub exchange_us: Constant,
+    /// Most rows of a rank that go straight to their dies by low-latency kernels; more go by kernels
+    /// made for throughput.
+    pub low_latency_rows: Constant,
     /// Fixed time of a collective: joining, choosing, flags; in microseconds.
     pub collective_us: Constant,
+    /// Cores that a collective, or an exchange made for throughput, takes from computation; 0 where
+    /// copy engines carry it.
+    pub communication_cores: Constant,
 }
 
 /// What joins dies and hosts. An absent link joins nothing.
@@ -237,6 +245,7 @@ macro_rules! constants {
             ("launch.device_us", $($by)+ l.device_us),
             ("launch.kernel_us", $($by)+ l.kernel_us),
             ("launch.sync_us", $($by)+ l.sync_us),
+            ("launch.step_us", $($by)+ l.step_us),
             ("kernels.stages", $($by)+ k.stages),
             ("kernels.cluster", $($by)+ k.cluster),
             ("kernels.cluster_rows", $($by)+ k.cluster_rows),
@@ -249,7 +258,9 @@ macro_rules! constants {
             ("kernels.attention_keys", $($by)+ k.attention_keys),
             ("kernels.token_us", $($by)+ k.token_us),
             ("kernels.exchange_us", $($by)+ k.exchange_us),
+            ("kernels.low_latency_rows", $($by)+ k.low_latency_rows),
             ("kernels.collective_us", $($by)+ k.collective_us),
+            ("kernels.communication_cores", $($by)+ k.communication_cores),
         ]);
         let names = [
             ["link.host.gb_s", "link.host.latency_us", "link.host.shared_by"],

@@ -429,8 +429,16 @@ fn add_experts(all: &mut Vec<(String, Op<HostTensor>)>, m: &mut Maker, dtype: DT
                 let (rows, out) = (matrix(ints(&rows), &[t, k]), m.random(&[t, h]));
                 let (weights, row_offsets) =
                     ((number != 2).then_some(weights), counted(number == 2));
-                let combine =
-                    MoeCombine { y, rows, weights, base, row_offsets, out, expected_rows: 0 };
+                let combine = MoeCombine {
+                    y,
+                    rows,
+                    weights,
+                    base,
+                    row_offsets,
+                    out,
+                    expected_rows: 0,
+                    expected_copies: 0,
+                };
                 add("moe_combine", combine.into());
             }
         }

@@ -63,7 +63,17 @@ pub fn hostile() -> Vec<(&'static str, Op<HostTensor>, &'static str)> {
     let combine = |row: i32, last: i32| -> Op<HostTensor> {
         let (rows, row_offsets) = (matrix(ints(&[row]), &[1, 1]), Some(ints(&[0, last])));
         let (y, weights, out) = (f(&[1, 2]), Some(f(&[1, 1])), f(&[1, 2]));
-        MoeCombine { y, rows, weights, base: None, row_offsets, out, expected_rows: 0 }.into()
+        MoeCombine {
+            y,
+            rows,
+            weights,
+            base: None,
+            row_offsets,
+            out,
+            expected_rows: 0,
+            expected_copies: 0,
+        }
+        .into()
     };
     let swiglu = |last: i32| -> Op<HostTensor> {
         let row_offsets = Some(ints(&[last]));

@@ -10,7 +10,7 @@ use hal::{CollectiveKind, LinkKind};
 pub(crate) type Candidate = (&'static str, f64);
 
 /// All that can do `kind` over these ranks, with their times for `bytes` (see
-/// [`crate::cost::CostModel::collective`]).
+/// [`crate::cost::Exchanged`]).
 pub(crate) fn candidates(kind: CollectiveKind, bytes: f64, ports: &Ports<'_>) -> Vec<Candidate> {
     let n = ports.len() as f64;
     let share = bytes / n;
@@ -31,9 +31,11 @@ pub(crate) fn candidates(kind: CollectiveKind, bytes: f64, ports: &Ports<'_>) ->
             ("ring", ring(ports, bytes)),
             ("recursive halving", halving(ports, bytes)),
         ],
-        CollectiveKind::AllToAll | CollectiveKind::AllToAllV => {
+        CollectiveKind::AllToAll => {
             vec![("direct", ports.all_pairs(share)), ("Bruck", bruck(ports, bytes))]
         }
+        // Only the sender knows how much goes to whom: nobody can pass it on.
+        CollectiveKind::AllToAllV => vec![("direct", ports.all_pairs(share))],
         CollectiveKind::Broadcast => vec![
             ("binomial tree", binomial(ports, bytes)),
             ("scatter and all-gather", binomial_scatter(ports, bytes) + ring(ports, bytes)),

@@ -7,7 +7,9 @@ mod ports;
 
 pub use moe::{MoeCost, MoeExchange, MoeMode};
 
+use super::Exchanged;
 use crate::machine::{LinkConstants, Machine};
+use crate::timeline::{Resource, Shares};
 use hal::trace::Bound;
 use hal::{CollectiveKind, DeviceId, LinkKind, Topology};
 use parking_lot::RwLock;
@@ -23,13 +25,15 @@ pub struct Exchange {
     pub algorithm: &'static str,
     /// What decides.
     pub bound: Bound,
+    /// What it uses of each die.
+    pub shares: Shares,
 }
 
 /// Collectives that are kept; a run whose sizes never repeat starts over when there are more.
 const MOST_KNOWN: usize = 1 << 14;
 
-/// By kind and bytes.
-type Sizes = HashMap<(CollectiveKind, u64), Exchange>;
+/// By kind, bytes and rows.
+type Sizes = HashMap<(CollectiveKind, u64, u64), Exchange>;
 
 /// A machine's links, and what its libraries do with them.
 #[derive(Debug)]
@@ -44,6 +48,8 @@ pub struct Network {
     collective: f64,
     exchange: f64,
     token: f64,
+    low_latency_rows: u64,
+    communication_cores: f64,
     known: RwLock<HashMap<Box<[DeviceId]>, Sizes>>,
 }
 
@@ -61,46 +67,45 @@ impl Network {
             collective: k.collective_us.value * 1e-6,
             exchange: k.exchange_us.value * 1e-6,
             token: k.token_us.value * 1e-6,
+            low_latency_rows: k.low_latency_rows.value as u64,
+            communication_cores: (k.communication_cores.value / machine.die.cores.value).min(1.0),
             known: RwLock::default(),
         }
     }
 
-    /// The time of a collective in which the rank with the most to do sends or receives `bytes`,
-    /// by the fastest algorithm. Sizes as for [`super::CostModel::collective`].
+    /// The time of a collective, by the fastest algorithm.
     pub fn collective(
         &self,
-        kind: CollectiveKind,
-        bytes: u64,
+        what: &Exchanged,
         ranks: &[DeviceId],
         topology: &Topology,
     ) -> Exchange {
-        if let Some(known) =
-            self.known.read().get(ranks).and_then(|sizes| sizes.get(&(kind, bytes)))
-        {
+        let key = (what.kind, what.bytes, what.rows);
+        if let Some(known) = self.known.read().get(ranks).and_then(|sizes| sizes.get(&key)) {
             return *known;
         }
-        let exchange = self.choose(kind, bytes, ranks, topology);
+        let exchange = self.choose(what, ranks, topology);
         let mut known = self.known.write();
         if known.values().map(HashMap::len).sum::<usize>() >= MOST_KNOWN {
             known.clear();
         }
-        known.entry(ranks.into()).or_default().insert((kind, bytes), exchange);
+        known.entry(ranks.into()).or_default().insert(key, exchange);
         exchange
     }
 
-    fn choose(
-        &self,
-        kind: CollectiveKind,
-        bytes: u64,
-        ranks: &[DeviceId],
-        topology: &Topology,
-    ) -> Exchange {
+    fn choose(&self, what: &Exchanged, ranks: &[DeviceId], topology: &Topology) -> Exchange {
+        let Exchanged { kind, bytes, rows } = *what;
         let ports = Ports::new(topology, self.sharers, ranks);
         if ports.len() < 2 {
             // One rank: at most a copy.
             let copy = 2.0 * bytes as f64 / self.memory_rate;
-            let picos = ((self.kernel + copy) * 1e12).ceil() as u64;
-            return Exchange { picos, algorithm: "a copy", bound: Bound::Memory };
+            let seconds = self.kernel + copy;
+            return Exchange {
+                picos: (seconds * 1e12).ceil() as u64,
+                algorithm: "a copy",
+                bound: Bound::Memory,
+                shares: Shares::NONE.with(Resource::Memory, copy / seconds),
+            };
         }
         let nothing = algorithms::candidates(kind, 0.0, &ports);
         let all = algorithms::candidates(kind, bytes as f64, &ports);
@@ -109,12 +114,29 @@ impl Network {
             .enumerate()
             .min_by(|a, b| a.1.1.total_cmp(&b.1.1))
             .unwrap_or((0, &("none", 0.0)));
-        let latency = nothing.get(index).map_or(0.0, |c| c.1) + self.collective;
-        let whole = self.collective + seconds;
+        let first_byte = nothing.get(index).map_or(0.0, |c| c.1);
+        // Rows that values send are packed and announced as expert exchanges are: see [`moe`].
+        let by_rows = kind == CollectiveKind::AllToAllV;
+        let low_latency = by_rows && rows <= self.low_latency_rows;
+        let fixed = match (by_rows, low_latency) {
+            // Data, then the count that tells the receiver.
+            (true, true) => rows as f64 * self.token + first_byte,
+            (true, false) => self.exchange,
+            (false, _) => self.collective,
+        };
+        let (latency, whole) = (first_byte + fixed, seconds + fixed);
+        let port = topology.widest(ranks).and_then(|link| Resource::port(link.kind));
+        let mut shares = Shares::NONE
+            .with(Resource::Memory, 2.0 * bytes as f64 / self.memory_rate / whole)
+            .with(Resource::Compute, if low_latency { 0.0 } else { self.communication_cores });
+        if let Some(port) = port {
+            shares = shares.with(port, (seconds - first_byte) / whole);
+        }
         Exchange {
             picos: (whole * 1e12).ceil() as u64,
             algorithm,
             bound: if whole > 2.0 * latency { Bound::Link } else { Bound::Launch },
+            shares,
         }
     }
 

@@ -3,7 +3,8 @@ use super::*;
 fn time(machine: &Machine, kind: CollectiveKind, ranks: u32, bytes: u64) -> Exchange {
     let machine = machine.enlarged(ranks).unwrap();
     let ids: Vec<_> = (0..ranks).map(DeviceId).collect();
-    Network::new(&machine).collective(kind, bytes, &ids, &machine.topology())
+    let what = Exchanged { kind, bytes, rows: 0 };
+    Network::new(&machine).collective(&what, &ids, &machine.topology())
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Collectives, and exchanges between experts.
 
 use super::{Answer, Precision, Question, fits, positive};
+use crate::cost::Exchanged;
 use crate::cost::network::{MoeExchange, MoeMode};
 use crate::cost::tile::TileModel;
 use crate::machine::Machine;
@@ -28,7 +29,7 @@ pub(super) fn collective(
     let ids: Vec<DeviceId> = (0..ranks).map(DeviceId).collect();
     let topology = machine.topology();
     let model = TileModel::new(&machine);
-    let told = model.network().collective(kind, bytes, &ids, &topology);
+    let told = model.network().collective(&Exchanged { kind, bytes, rows: 0 }, &ids, &topology);
     // What a rank sends or receives at least, over all of its ports at once.
     let kinds = [LinkKind::OnCard, LinkKind::InHost, LinkKind::Network];
     let reached = |kind| ids[1..].iter().any(|&to| topology.kind(ids[0], to) == Some(kind));

@@ -8,6 +8,8 @@ use hal::DType;
 #[derive(Clone, Debug)]
 pub(crate) struct DieFigures {
     pub(crate) cores: u64,
+    /// Of those, the ones that communication takes while it runs.
+    pub(crate) communication_cores: u64,
     /// Seconds before a kernel's first load arrives.
     pub(crate) startup: f64,
     pub(crate) memory_latency: f64,
@@ -68,6 +70,8 @@ impl DieFigures {
         let kernel = machine.launch.kernel_us.value * 1e-6;
         DieFigures {
             cores: cores as u64,
+            communication_cores: (machine.kernels.communication_cores.value as u64)
+                .min(cores as u64),
             startup: kernel + memory_latency,
             memory_latency,
             kernel,

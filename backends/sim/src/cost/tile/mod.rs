@@ -15,15 +15,16 @@ mod rowwise;
 
 pub use gemm::Layout;
 
-use super::{Cost, CostModel, Path, Roofline, network::Network};
+use super::{Cost, CostModel, Exchanged, Path, Roofline, network::Network};
 use crate::machine::{Machine, picos};
+use crate::timeline::{Resource, Shares};
 use attention::{Decode, Prefill};
 use cache::Cache;
 use die::DieFigures;
 use gemm::Product;
 use hal::op::{self, Routing, Work};
 use hal::trace::Bound;
-use hal::{CollectiveKind, DeviceId, Op, TensorDesc, Topology};
+use hal::{DeviceId, Op, TensorDesc, Topology};
 use program::{Limit, Program};
 
 /// How closely a program is looked at.
@@ -62,6 +63,8 @@ pub struct Explained {
     pub bound: Bound,
     /// How the kernel library cuts it up.
     pub mapping: String,
+    /// What it uses of its die while it runs, the gap included.
+    pub shares: Shares,
 }
 
 impl TileModel {
@@ -102,11 +105,9 @@ impl TileModel {
     ) -> Explained {
         let work = op::work(op, routing);
         let (mapping, program) = self.program(op, &work, routing, layout);
-        let seconds = match self.detail {
-            Detail::Folded => program.folded(),
-            Detail::Tiles => event::seconds(&program),
-        };
+        let seconds = self.seconds(&program);
         Explained {
+            shares: self.shares(&program, &work, seconds),
             kernel_picos: (seconds * 1e12).ceil() as u64,
             gap_picos: self.launch,
             floor_picos: self.floor.work_picos(&work),
@@ -121,6 +122,35 @@ impl TileModel {
             work,
             mapping,
         }
+    }
+
+    fn seconds(&self, program: &Program) -> f64 {
+        match self.detail {
+            Detail::Folded => program.folded(),
+            Detail::Tiles => event::seconds(program),
+        }
+    }
+
+    /// What a program that takes so many seconds uses of its die.
+    ///
+    /// Its part of the cores is told by what it loses with those that communication takes: a kernel
+    /// that memory bounds does as well with fewer, one that fills all cores does not.
+    fn shares(&self, program: &Program, work: &Work, seconds: f64) -> Shares {
+        let gap = self.launch as f64 * 1e-12;
+        let rates = &self.die.stream_rates;
+        let memory = work.read_bytes as f64 / rates.load + work.write_bytes as f64 / rates.store;
+        let cores = self.die.cores as f64;
+        let left = self.die.cores - self.die.communication_cores;
+        let with_fewer = match left == self.die.cores || left == 0 {
+            true => seconds,
+            false => self.seconds(&Program { cores: program.cores.min(left), ..program.clone() }),
+        };
+        let compute = left as f64 / cores * (gap + with_fewer) / (gap + seconds);
+        // No more than the cores that have tiles.
+        let compute = compute.min(program.tiles() as f64 / cores);
+        Shares::NONE
+            .with(Resource::Compute, compute)
+            .with(Resource::Memory, memory / (gap + seconds))
     }
 
     fn program(
@@ -235,6 +265,7 @@ impl CostModel for TileModel {
                 operations: told.work.matrix_ops + told.work.vector_ops,
                 bytes: told.work.bytes(),
                 bound: told.bound,
+                shares: told.shares,
             }
         })
     }
@@ -247,15 +278,10 @@ impl CostModel for TileModel {
         self.floor.fill(bytes)
     }
 
-    fn collective(
-        &self,
-        kind: CollectiveKind,
-        bytes: u64,
-        ranks: &[DeviceId],
-        topology: &Topology,
-    ) -> Cost {
-        let told = self.network.collective(kind, bytes, ranks, topology);
-        Cost { picos: self.launch + told.picos, operations: 0, bytes, bound: told.bound }
+    fn collective(&self, what: &Exchanged, ranks: &[DeviceId], topology: &Topology) -> Cost {
+        let told = self.network.collective(what, ranks, topology);
+        let (picos, bytes) = (self.launch + told.picos, what.bytes);
+        Cost { picos, operations: 0, bytes, bound: told.bound, shares: told.shares }
     }
 
     fn host_issue(&self) -> u64 {
