@@ -2,13 +2,12 @@
 
 use super::program::{Module, ProgramKey, micro_batches, plan as plan_program};
 use super::{EngineError, EngineOptions, rank::cached_layers};
-use crate::config::FP8_BLOCK;
 use crate::config::ModelConfig;
 use crate::graph::{Form, Graph, ModelInputs, Source, StepShape, Work};
-use crate::plan::{Member, ParallelPlan, RankPlan};
+use crate::plan::{ParallelPlan, RankKinds, RankPlan};
 use crate::weights::{self, PlanOptions, WeightPlan};
 use serde::Serialize;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 /// What an engine takes of a die's memory, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -51,51 +50,10 @@ pub fn memory_plan(
     options: EngineOptions,
     mtp: bool,
 ) -> Vec<MemoryPlan> {
-    let kinds = Kinds::of(config, plan);
+    let kinds = RankKinds::of(config, plan);
     let planned: Vec<MemoryPlan> =
         kinds.ranks.iter().map(|rank| of_rank(config, plan, rank, options, mtp)).collect();
     kinds.of_rank.iter().map(|&kind| planned[kind]).collect()
-}
-
-/// Ranks that take the same memory: one of each kind is planned.
-struct Kinds {
-    ranks: Vec<RankPlan>,
-    /// The kind of each rank.
-    of_rank: Vec<usize>,
-}
-
-impl Kinds {
-    fn of(config: &ModelConfig, plan: &ParallelPlan) -> Self {
-        let c = config;
-        let (mut ranks, mut of_rank) = (Vec::new(), Vec::with_capacity(plan.ranks()));
-        let mut known: BTreeMap<(usize, Vec<(usize, usize)>), usize> = BTreeMap::new();
-        for number in 0..plan.ranks() {
-            let rank = plan.rank(number);
-            // Parts of the same length that meet the FP8 blocks alike.
-            let like = |member: Member, whole: usize, each: usize| {
-                let part = member.part(whole);
-                (part.len(), part.start * each % FP8_BLOCK)
-            };
-            let heads = |each| like(rank.tensor, c.num_attention_heads, each);
-            let mlp = |whole| like(rank.mlp_member(), whole, 1);
-            let parts = vec![
-                heads(c.qk_head_dim()),
-                heads(c.v_head_dim),
-                heads(c.qk_nope_head_dim + c.v_head_dim),
-                (like(rank.tensor, c.vocab_size, 1).0, 0),
-                mlp(c.intermediate_size),
-                mlp(c.moe_intermediate_size),
-                mlp(c.shared_intermediate_size()),
-            ];
-            let next = ranks.len();
-            let kind = *known.entry((rank.stage.rank, parts)).or_insert(next);
-            if kind == next {
-                ranks.push(rank);
-            }
-            of_rank.push(kind);
-        }
-        Kinds { ranks, of_rank }
-    }
 }
 
 pub(super) fn plan_options(options: EngineOptions, mtp: bool) -> PlanOptions {
@@ -212,7 +170,7 @@ pub fn fitting(
     mtp: bool,
     capacity: u64,
 ) -> Fitting {
-    let kinds = Kinds::of(config, plan);
+    let kinds = RankKinds::of(config, plan);
     let fits = |options: EngineOptions| {
         let of = |rank| of_rank(config, plan, rank, options, mtp).total() <= capacity;
         kinds.ranks.iter().all(of)
@@ -288,7 +246,7 @@ mod tests {
         ] {
             let plan = ParallelPlan::new(&config, parallel).unwrap();
             let options = EngineOptions { overlap, ..EngineOptions::default() };
-            let kinds = Kinds::of(&config, &plan);
+            let kinds = RankKinds::of(&config, &plan);
             for number in [0, plan.ranks() / 2, plan.ranks() - 1] {
                 let rank = plan.rank(number);
                 let weights = weights::plan(&config, &rank, plan_options(options, false));

@@ -14,10 +14,12 @@
 
 mod error;
 mod experts;
+mod kinds;
 mod stages;
 
 pub use error::{PlanError, Rule};
 pub use experts::{ExpertPlacement, balance};
+pub use kinds::RankKinds;
 
 use crate::config::ModelConfig;
 use serde::Serialize;

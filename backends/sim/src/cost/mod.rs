@@ -16,7 +16,7 @@ pub use tile::{Detail, Explained, Layout, TileModel};
 use crate::timeline::Shares;
 use hal::op::Routing;
 use hal::trace::Bound;
-use hal::{CollectiveKind, DeviceId, Op, TensorDesc, Topology};
+use hal::{Collective, CollectiveKind, DeviceId, Op, TensorDesc, Topology};
 
 /// What a command costs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,23 @@ pub struct Exchanged {
     pub bytes: u64,
     /// Rows that it sends or receives, where rows go to ranks by values in memory.
     pub rows: u64,
+}
+
+impl Exchanged {
+    /// A rank's part of a collective, before values tell: rows are as many as are expected.
+    pub fn of(collective: &Collective<TensorDesc>, rank: usize) -> Self {
+        let kind = collective.kind();
+        let (send, recv) = collective.tensors(rank);
+        let bytes = |desc: Option<&TensorDesc>| desc.map_or(0, TensorDesc::bytes);
+        match collective {
+            Collective::AllToAllV { send, expected_rows, .. } => {
+                let row = (send.dim(1) * send.dtype().size()) as u64;
+                let rows = u64::from(*expected_rows);
+                Exchanged { kind, bytes: rows * row, rows }
+            }
+            _ => Exchanged { kind, bytes: bytes(send).max(bytes(recv)), rows: 0 },
+        }
+    }
 }
 
 impl Cost {
