@@ -113,6 +113,7 @@ fn largest_workspace(
         max_pages: options.max_model_len.div_ceil(options.page_size),
         vocabulary: config.vocab_size,
         expert_tokens: tokens * plan.options().data,
+        expert_capacity: options.expert_rows(config, plan, tokens),
     };
     let key = ProgramKey { module: Module::Main, shapes: vec![shape; split] };
     let inputs = ModelInputs { config, numerics: options.numerics, rank, weights };

@@ -76,8 +76,28 @@ pub struct EngineOptions {
     /// Issue every command of a step by itself, rather than each rank's commands as one
     /// [`hal::CommandList`]. Values are the same; the host takes longer.
     pub enforce_eager: bool,
+    /// Room for tokens that come to a rank's experts, against what balanced routing brings (the
+    /// capacity factor of GShard, arXiv 2006.16668); `None` for the worst routing. A step that
+    /// brings more fails: nothing is dropped.
+    pub expert_capacity: Option<f64>,
     /// How long a step may take on the host before it counts as hanging.
     pub timeout: Duration,
+}
+
+impl EngineOptions {
+    /// Rows of experts' buffers for a micro-batch of so many tokens on each tensor group; `None` for
+    /// the worst routing. Each token has `num_experts_per_tok` experts somewhere, and each of the
+    /// group's ranks gets its part.
+    pub fn expert_rows(
+        &self,
+        config: &ModelConfig,
+        plan: &ParallelPlan,
+        tokens: usize,
+    ) -> Option<usize> {
+        let factor = self.expert_capacity?;
+        let own = (tokens * config.num_experts_per_tok).div_ceil(plan.options().tensor);
+        Some(((own as f64 * factor).ceil() as usize).max(1))
+    }
 }
 
 impl Default for EngineOptions {
@@ -93,6 +113,7 @@ impl Default for EngineOptions {
             overlap: Overlap::None,
             fuse: true,
             enforce_eager: false,
+            expert_capacity: None,
             timeout: Duration::from_secs(600),
         }
     }

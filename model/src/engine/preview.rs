@@ -66,6 +66,7 @@ pub fn preview(
             max_pages: options.max_model_len.div_ceil(options.page_size),
             vocabulary: options.vocabulary.unwrap_or(config.vocab_size).min(config.vocab_size),
             expert_tokens: padded * plan.options().data,
+            expert_capacity: options.expert_rows(config, plan, padded),
         }
     };
     let key = ProgramKey { module: Module::Main, shapes: (0..parts).map(shape).collect() };

@@ -261,6 +261,7 @@ impl Engine {
             max_pages: self.options.max_model_len.div_ceil(page_size),
             vocabulary: self.vocabulary(),
             expert_tokens,
+            expert_capacity: self.options.expert_rows(&self.config, &self.plan, batch.len()),
         }
     }
 

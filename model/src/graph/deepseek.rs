@@ -52,6 +52,9 @@ pub struct StepShape {
     /// New tokens over all ranks that share experts: as many may come to one rank. Where experts
     /// are not spread, it does not matter.
     pub expert_tokens: usize,
+    /// Rows for which a rank's experts have room; `None` for as many as the worst routing brings.
+    /// Less saves memory, and more rows than that are an error.
+    pub expert_capacity: Option<usize>,
 }
 
 /// What a graph is built from besides the sizes of the step.

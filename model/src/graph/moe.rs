@@ -217,7 +217,7 @@ impl Model<'_> {
             sent.push(trace);
         }
         let tokens = self.shape.expert_tokens;
-        let copies = tokens * c.num_experts_per_tok.min(per_rank);
+        let copies = self.room(tokens * c.num_experts_per_tok.min(per_rank));
         let k = c.num_experts_per_tok;
         let routing = Routing {
             rows: (tokens * k).div_ceil(ranks) as u32,
@@ -276,6 +276,11 @@ impl Model<'_> {
         out
     }
 
+    /// Rows of a buffer that the worst routing would fill.
+    fn room(&self, worst: usize) -> usize {
+        self.shape.expert_capacity.map_or(worst, |capacity| worst.min(capacity))
+    }
+
     /// Sends each token once to each destination that has an expert of it.
     fn dispatch(
         &mut self,
@@ -290,8 +295,7 @@ impl Model<'_> {
         let Hop { group, destinations, experts_each, expected } = *hop;
         let capacity = count * k.min(destinations);
         let dtype = x.desc().dtype();
-        // As many tokens as there are may all come here.
-        let arriving = self.shape.expert_tokens;
+        let arriving = self.room(self.shape.expert_tokens);
         let mut both = |what: &str, dtype: DType, width: usize| {
             let send = self.b.scratch_of(&format!("{what} sent"), dtype, &[capacity, width]);
             (send, self.b.scratch_of(&format!("{what} received"), dtype, &[arriving, width]))

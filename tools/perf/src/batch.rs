@@ -98,6 +98,7 @@ pub(crate) fn micro_batches(
                 max_pages,
                 vocabulary: config.vocab_size,
                 expert_tokens: padded * plan.options().data,
+                expert_capacity: options.expert_rows(config, plan, padded),
             };
             MicroBatch { shape, work }
         })

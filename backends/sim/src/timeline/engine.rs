@@ -51,7 +51,8 @@ pub struct Done {
     pub stream: StreamIndex,
     /// Its place there, from 1.
     pub value: u64,
-    /// Picoseconds when it began: for a collective, when all ranks were ready.
+    /// Picoseconds when it began: for a collective, when all ranks were ready; for sends and
+    /// receives, when both sides of the first one were.
     pub start: u64,
     /// Picoseconds when it ended.
     pub end: u64,
@@ -96,8 +97,8 @@ struct Stream {
     busy: bool,
     /// Streams that wait for a command of this one.
     waiters: Vec<(u64, StreamIndex)>,
-    /// Of pairs: how many are still open, and when the last one ended.
-    open: (usize, u64),
+    /// Of pairs: how many are still open, when the first one began and the last one ended.
+    open: (usize, u64, u64),
 }
 
 /// A command that runs on one die, or a collective on several.
@@ -144,7 +145,7 @@ impl Timeline {
             ends: VecDeque::new(),
             busy: false,
             waiters: Vec::new(),
-            open: (0, 0),
+            open: (0, u64::MAX, 0),
         });
         index
     }
@@ -280,8 +281,8 @@ impl Timeline {
         delay: u64,
     ) -> bool {
         let s = &mut self.streams[index.0 as usize];
-        s.open = (pairs.len(), ready);
-        // Until all are known, the delay and the start are kept with the command.
+        s.open = (pairs.len(), u64::MAX, ready);
+        // Until all are known, the delay is kept with the command.
         s.pending.push_front((ready, delay, Step::Pairs { pairs: Vec::new() }));
         let mut others = Vec::new();
         for &(key, picos) in pairs {
@@ -289,10 +290,11 @@ impl Timeline {
                 self.pairs.insert(key, (index, ready, picos));
                 continue;
             };
-            let end = ready.max(since) + picos;
+            let both = ready.max(since);
             for stream in [index, other] {
-                let s = &mut self.streams[stream.0 as usize];
-                s.open = (s.open.0 - 1, s.open.1.max(end));
+                let (open, began, ended) = &mut self.streams[stream.0 as usize].open;
+                (*open, *began) = (*open - 1, (*began).min(both));
+                *ended = (*ended).max(both + picos);
             }
             others.push(other);
         }
@@ -307,11 +309,11 @@ impl Timeline {
 
     fn pairs_ended(&mut self, index: StreamIndex) -> bool {
         let s = &mut self.streams[index.0 as usize];
-        let (0, end) = s.open else { return false };
-        let Some((start, delay, Step::Pairs { .. })) = s.pending.front() else { return false };
-        let (start, delay) = (*start, *delay);
+        let (0, start, end) = s.open else { return false };
+        let Some((_, delay, Step::Pairs { .. })) = s.pending.front() else { return false };
+        let delay = *delay;
         s.pending.pop_front();
-        self.ends(index, start, end + delay);
+        self.ends(index, start.min(end), end + delay);
         true
     }
 
