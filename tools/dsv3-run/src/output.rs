@@ -28,23 +28,32 @@ fn paint(text: &str, code: &str, terminal: bool) -> String {
 #[derive(Debug)]
 pub(crate) struct Progress {
     what: &'static str,
+    style: &'static str,
     began: Instant,
     bar: Option<ProgressBar>,
 }
 
 impl Progress {
+    /// Of bytes.
     pub(crate) fn new(what: &'static str) -> Self {
-        Progress { what, began: Instant::now(), bar: None }
+        let style = "{msg} [{bar:40}] {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
+        Progress { what, style, began: Instant::now(), bar: None }
     }
 
-    /// `done` of `total` bytes.
+    /// Of things that are counted.
+    pub(crate) fn counting(what: &'static str) -> Self {
+        let style = "{msg} [{bar:40}] {pos}/{len} {per_sec} ETA {eta}";
+        Progress { style, ..Progress::new(what) }
+    }
+
+    /// `done` of `total`.
     pub(crate) fn update(&mut self, done: u64, total: u64) {
         if self.bar.is_none()
             && self.began.elapsed() > Duration::from_millis(500)
             && std::io::stderr().is_terminal()
         {
-            let style = "{msg} [{bar:40}] {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
-            let style = ProgressStyle::with_template(style).unwrap_or(ProgressStyle::default_bar());
+            let style =
+                ProgressStyle::with_template(self.style).unwrap_or(ProgressStyle::default_bar());
             self.bar = Some(ProgressBar::new(total).with_style(style).with_message(self.what));
         }
         if let Some(bar) = &self.bar {

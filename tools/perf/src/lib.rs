@@ -19,19 +19,28 @@
 //! | what each micro-batch looks like | `batch.rs` |
 //! | commands on the timeline | `play.rs` |
 //! | what came out, where the time went, and what bounds it from below | `step.rs`, `breakdown.rs`, `floor.rs` |
+//! | which assumed constants decide | `sensitivity.rs` |
+//! | many steps at once, and the best of them | `sweep.rs` |
+//! | published figures of whole systems | `published.rs` |
 
 mod batch;
 mod breakdown;
 mod floor;
 mod fold;
 mod play;
+mod published;
 mod repeat;
 mod routing;
+mod sensitivity;
 mod step;
+mod sweep;
 mod workload;
 
 pub use breakdown::{Breakdown, Part};
 pub use floor::Floor;
+pub use published::{Published, published};
 pub use routing::{Routing, RoutingError};
+pub use sensitivity::sensitivity;
 pub use step::{Estimate, Estimator, Folding, PerfError};
+pub use sweep::{Grid, Outcome, Point, SweepError, on_threads, pareto, run};
 pub use workload::{Phase, Workload};

@@ -1,6 +1,8 @@
 //! Performance questions: the simulator's time models, asked directly.
 
 mod op;
+mod step;
+mod sweep;
 mod validate;
 
 use clap::Subcommand;
@@ -10,13 +12,21 @@ pub(crate) enum PerfCommand {
     /// One operation on one die, or one exchange between dies: time, rates, what bounds it, how the
     /// kernel library cuts it up, and which assumed constants decide.
     Op(op::OpArgs),
-    /// Published measurements of kernels against the model: every row with its signed error.
+    /// A step of the model on a whole machine: time, throughput, where it goes, what bounds it.
+    #[command(after_help = step::EXAMPLES)]
+    Step(Box<step::StepArgs>),
+    /// Many steps: every combination of machines, plans, batches and lengths, and the best of them.
+    #[command(after_help = sweep::EXAMPLES)]
+    Sweep(sweep::SweepArgs),
+    /// Published measurements of kernels and systems against the model: every row with its signed error.
     Validate(validate::ValidateArgs),
 }
 
 pub(crate) fn run(command: &PerfCommand) -> anyhow::Result<()> {
     match command {
         PerfCommand::Op(args) => op::run(args),
+        PerfCommand::Step(args) => step::run(args),
+        PerfCommand::Sweep(args) => sweep::run(args),
         PerfCommand::Validate(args) => validate::run(args),
     }
 }

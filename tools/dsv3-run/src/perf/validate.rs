@@ -2,6 +2,7 @@
 
 use crate::output::{bold, dim};
 use clap::Args;
+use perf::Published;
 use serde_json::json;
 use sim::Machine;
 use sim::cost::question::Question;
@@ -21,9 +22,12 @@ pub(crate) fn run(args: &ValidateArgs) -> anyhow::Result<()> {
         rows.iter().map(predict).collect::<Result<_, _>>().map_err(anyhow::Error::msg)?;
     let mut groups: Vec<&str> = outcomes.iter().map(|o| o.row.group.as_str()).collect();
     groups.dedup();
+    let systems = perf::published()?;
     let mut out = std::io::stdout().lock();
     if args.json {
-        return Ok(writeln!(out, "{:#}", as_json(&groups, &outcomes, &exact))?);
+        let mut report = as_json(&groups, &outcomes, &exact);
+        report["systems"] = json!(systems);
+        return Ok(writeln!(out, "{report:#}")?);
     }
     for group in groups {
         let of_group: Vec<&Outcome> = outcomes.iter().filter(|o| o.row.group == group).collect();
@@ -49,6 +53,7 @@ pub(crate) fn run(args: &ValidateArgs) -> anyhow::Result<()> {
         }
         writeln!(out, "  mean absolute error {:.1}%, worst {:.1}%\n", mean * 100.0, worst * 100.0)?;
     }
+    systems_text(&systems, &mut out)?;
     writeln!(out, "{}", bold("Exact by arithmetic"))?;
     for e in &exact {
         let (got, expected) = (e.value(), e.published);
@@ -67,6 +72,25 @@ pub(crate) fn run(args: &ValidateArgs) -> anyhow::Result<()> {
         mean * 100.0
     )?;
     Ok(())
+}
+
+fn systems_text(systems: &[Published], out: &mut impl Write) -> anyhow::Result<()> {
+    writeln!(out, "{} {}", bold("Whole systems"), dim("tokens/s for each die"))?;
+    let head = ["measured", "predicted", "error"];
+    writeln!(out, "  {:<84} {:>10} {:>10} {:>8}", "", head[0], head[1], head[2])?;
+    for row in systems {
+        let what = format!("{}: {}", row.id, row.what);
+        let note = if row.comparable { "" } else { "  for the record" };
+        writeln!(
+            out,
+            "  {what:<84} {:>10.0} {:>10.0} {:>+7.1}%{}",
+            row.measured,
+            row.predicted,
+            row.error * 100.0,
+            dim(note)
+        )?;
+    }
+    Ok(writeln!(out)?)
 }
 
 fn as_json(groups: &[&str], outcomes: &[Outcome], exact: &[Exact]) -> serde_json::Value {

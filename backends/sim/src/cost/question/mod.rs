@@ -199,11 +199,40 @@ pub fn answer(machine: &Machine, question: &Question) -> Result<Answer, String> 
 /// As [`answer`].
 pub fn sensitivity(machine: &Machine, question: &Question) -> Result<Vec<Sensitivity>, String> {
     let now = answer(machine, question)?.time_us;
+    let moved = moves(machine, now, |changed| answer(changed, question).ok().map(|a| a.time_us));
+    Ok(moved
+        .into_iter()
+        .map(|Moved { constant, value, halved, doubled }| Sensitivity {
+            constant,
+            value,
+            halved_us: halved,
+            doubled_us: doubled,
+        })
+        .collect())
+}
+
+/// How a time moves when a constant is halved or doubled.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Moved {
+    /// The constant.
+    pub constant: String,
+    /// Its value.
+    pub value: f64,
+    /// The time with half of it.
+    pub halved: f64,
+    /// The time with twice of it.
+    pub doubled: f64,
+}
+
+/// The assumed constants that move a time by more than 2% when they are halved or doubled, the most
+/// influential first. `time` is asked about changed machines; [`None`] for one that cannot be.
+pub fn moves(machine: &Machine, now: f64, time: impl Fn(&Machine) -> Option<f64>) -> Vec<Moved> {
     let mut all = Vec::new();
     for (name, constant) in machine.constants() {
-        let counts =
+        // How libraries cut work up is no matter of more or less.
+        let choice =
             constant.value.fract() == 0.0 && name.starts_with("kernels.") && !name.ends_with("_us");
-        if constant.provenance != Provenance::Assumed || counts {
+        if constant.provenance != Provenance::Assumed || choice {
             continue;
         }
         let with = |factor: f64| {
@@ -214,18 +243,18 @@ pub fn sensitivity(machine: &Machine, question: &Question) -> Result<Vec<Sensiti
                     c.value = c.value.min(1.0);
                 }
             }
-            answer(&changed, question).map(|a| a.time_us)
+            time(&changed)
         };
         // What cannot be with the changed constant says nothing about time.
-        let (halved_us, doubled_us) = (with(0.5).unwrap_or(now), with(2.0).unwrap_or(now));
-        let moves = (halved_us / now - 1.0).abs().max((doubled_us / now - 1.0).abs());
+        let (halved, doubled) = (with(0.5).unwrap_or(now), with(2.0).unwrap_or(now));
+        let moves = (halved / now - 1.0).abs().max((doubled / now - 1.0).abs());
         if moves > 0.02 {
             let value = constant.value;
-            all.push((moves, Sensitivity { constant: name, value, halved_us, doubled_us }));
+            all.push((moves, Moved { constant: name, value, halved, doubled }));
         }
     }
     all.sort_by(|a, b| b.0.total_cmp(&a.0));
-    Ok(all.into_iter().map(|(_, s)| s).collect())
+    all.into_iter().map(|(_, moved)| moved).collect()
 }
 
 fn positive(sizes: &[(&str, u64)]) -> Result<(), String> {
