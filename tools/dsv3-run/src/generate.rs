@@ -4,7 +4,7 @@ use crate::cli::GenerateArgs;
 use crate::output::{bold, bytes, count, dim, picos, seconds};
 use crate::source::Source;
 use crate::system::{self, Provenance};
-use crate::trace::{Total, Totals};
+use crate::totals::{Total, Totals};
 use anyhow::Context;
 use model::engine::{Engine, Generation, GenerationOptions, MemoryPlan, Timing};
 use model::plan::ParallelOptions;
@@ -44,16 +44,12 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let to_stdout = args.json.as_deref() == Some("-");
     let source = Source::open(&args.model)?;
     let prompt = prompt(args, &source)?;
-    let running = system::open(&args.model, source.checkpoint.config())?;
+    let mut running = system::open(&args.model, source.checkpoint.config())?;
     let tokens = prompt.len().saturating_add(args.max_tokens);
     let mut engine = source.engine(&args.model, &running, tokens, false)?;
     // Loading is over: only what the request costs is counted.
     let totals = Arc::new(Totals::default());
-    for device in engine.devices() {
-        if device.properties().clock.is_some() {
-            device.set_trace(Some(totals.clone()))?;
-        }
-    }
+    running.watch(&engine, Some(totals.clone()))?;
     let options = GenerationOptions {
         max_tokens: args.max_tokens,
         sampling: SamplingParams {
@@ -77,6 +73,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         if first_token.is_none() {
             first_token = Some(began.elapsed().as_secs_f64());
             decode_began = Instant::now();
+            running.trace.iter().for_each(|trace| trace.next_phase());
         }
         printer.token(token);
     })?;
@@ -87,6 +84,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let memory = engine.memory().iter().copied().max_by_key(MemoryPlan::total).unwrap_or_default();
     let plan = engine.plan().options();
     let ranks = engine.plan().ranks();
+    let _recorded = running.end_watch(&engine)?;
     release(engine, &running)?;
     let report = Report {
         source: &source,
@@ -139,9 +137,6 @@ fn announce(args: &GenerateArgs, source: &Source, prompt: &[u32]) -> std::io::Re
 
 /// Frees everything, and with `--validate` makes sure that it is freed.
 fn release(engine: Engine, running: &system::Running) -> anyhow::Result<()> {
-    for device in engine.devices() {
-        device.set_trace(None)?;
-    }
     drop(engine);
     match running.leaks() {
         0 => running.finish(),
