@@ -537,8 +537,7 @@ impl StreamShared {
         if queue.failure.is_some() {
             return;
         }
-        let ready = queue.now.max(done.issued);
-        let start = ready.max(not_before);
+        let start = queue.now.max(done.issued).max(not_before);
         let end = start + cost.picos + delay;
         // Before anybody can see the command completed: who has waited has the whole trace.
         if self.timed()
@@ -550,7 +549,7 @@ impl StreamShared {
                 kind: done.kind,
                 label: done.label.clone(),
                 clock: Clock::Simulated,
-                ready,
+                ready: queue.now.max(done.issued),
                 start,
                 end,
                 operations: cost.operations,
