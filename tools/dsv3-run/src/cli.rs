@@ -245,6 +245,7 @@ pub(crate) struct TraceArgs {
     /// Write what ran when, command by command, to a file for ui.perfetto.dev or chrome://tracing:
     /// a process per die, a thread per stream, arrows from what was waited for, the use of memory
     /// and links. Some 300 bytes a command; loading is not in it. A run that fails leaves no file.
+    /// A generation then also reports how much of its communication hides behind computation.
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
 }

@@ -10,6 +10,9 @@ use model::engine::{Engine, Generation, GenerationOptions, MemoryPlan, Timing};
 use model::plan::ParallelOptions;
 use model::sampling::SamplingParams;
 use model::tokenizer::SpecialTokens;
+use report::Recorded;
+use report::analysis::{Communication, StepTime};
+use serde::Serialize;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::sync::Arc;
@@ -21,6 +24,24 @@ const QUESTION: &str = "What is the capital of France?";
 /// How many ops the table lists.
 const SHOWN_OPS: usize = 5;
 
+/// Where the time of each phase went.
+#[derive(Debug, Serialize)]
+struct Analysis {
+    /// Until the first token was known.
+    prefill: Option<StepTime>,
+    /// From then on.
+    decode: Option<StepTime>,
+}
+
+impl Analysis {
+    fn of(recorded: &Recorded, first_moe_layer: usize) -> anyhow::Result<Analysis> {
+        let phase = |number| {
+            StepTime::of_phase(recorded, number, first_moe_layer).context("reading the trace back")
+        };
+        Ok(Analysis { prefill: phase(0)?, decode: phase(1)? })
+    }
+}
+
 /// What a run measured, for the table and for JSON.
 struct Report<'a> {
     source: &'a Source,
@@ -29,6 +50,8 @@ struct Report<'a> {
     generation: &'a Generation,
     text: String,
     ops: Vec<Total>,
+    /// With `--trace`.
+    analysis: Option<Analysis>,
     provenance: Provenance,
     memory: MemoryPlan,
     plan: ParallelOptions,
@@ -84,7 +107,11 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let memory = engine.memory().iter().copied().max_by_key(MemoryPlan::total).unwrap_or_default();
     let plan = engine.plan().options();
     let ranks = engine.plan().ranks();
-    let _recorded = running.end_watch(&engine)?;
+    let first_moe_layer = engine.config().first_k_dense_replace;
+    let analysis = match running.end_watch(&engine)? {
+        Some(recorded) => Some(Analysis::of(&recorded, first_moe_layer)?),
+        None => None,
+    };
     release(engine, &running)?;
     let report = Report {
         source: &source,
@@ -93,6 +120,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         generation: &generation,
         text,
         ops: totals.ranked(),
+        analysis,
         provenance: running.provenance(),
         memory,
         plan,
@@ -206,6 +234,7 @@ impl Report<'_> {
             "text": self.source.tokenizer.is_some().then_some(&self.text),
             "finish_reason": self.generation.finish_reason,
             "timing": timing,
+            "analysis": self.analysis,
             "wall": {
                 "clock": "host",
                 "load_s": self.load_seconds,
@@ -260,6 +289,29 @@ impl Report<'_> {
         out
     }
 
+    /// With `--trace` and several dies: how much of the communication hides.
+    fn communication_table(&self, out: &mut String) {
+        let Some(Analysis { prefill, decode }) = &self.analysis else { return };
+        let phases = [("prefill", prefill), ("decode", decode)];
+        let phases = phases.map(|(name, step)| Some((name, step.as_ref()?.mean.communication)));
+        let mut phases = phases.into_iter().flatten().filter(|(_, c)| c.busy_ps > 0).peekable();
+        if phases.peek().is_some() {
+            out.push_str(&format!(
+                "  {:<18} {:>10} {:>10} {:>7}  (mean of the dies)\n",
+                "communication", "busy", "exposed", "hidden"
+            ));
+        }
+        for (name, communication) in phases {
+            let Communication { busy_ps, exposed_ps, hidden_share, .. } = communication;
+            let hidden = 100.0 * hidden_share.unwrap_or_default();
+            out.push_str(&format!(
+                "    {name:<16} {:>10} {:>10} {hidden:>6.1}%\n",
+                picos(busy_ps),
+                picos(exposed_ps)
+            ));
+        }
+    }
+
     fn timing_table(&self, timing: Timing, out: &mut String) {
         let dies = match self.ranks {
             1 => "one die".to_string(),
@@ -280,6 +332,7 @@ impl Report<'_> {
         };
         row("prefill", self.prompt.len(), timing.prefill_ps);
         row("decode", self.decoded(), timing.decode_ps);
+        self.communication_table(out);
         let all: u64 = self.ops.iter().map(|t| t.picos).sum();
         if all == 0 {
             return;

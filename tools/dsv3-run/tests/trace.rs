@@ -85,6 +85,40 @@ fn a_trace_shows_dies_streams_waits_and_ranks_and_is_the_same_every_time() {
 }
 
 #[test]
+fn what_hides_is_reported_in_words_and_in_json() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("t.json");
+    let plan = ["--tensor-parallel-size", "4", "--trace", path.to_str().unwrap()];
+    let run = |more: &[&str]| String::from_utf8(dsv3(&[&plan[..], more].concat()).stdout).unwrap();
+    let text = run(&["--overlap", "two-batch"]);
+    for words in ["communication", "busy", "exposed", "hidden", "mean of the dies"] {
+        assert!(text.contains(words), "{text:?} lacks {words:?}");
+    }
+    let hidden = |overlap| {
+        let report: Value =
+            serde_json::from_str(&run(&["--overlap", overlap, "--json", "-"])).unwrap();
+        let analysis = &report["analysis"];
+        let mean = analysis["prefill"]["mean"]["communication"].clone();
+        assert!(mean["exposed_ps"].as_u64().unwrap() <= mean["busy_ps"].as_u64().unwrap());
+        let layers = &analysis["decode"]["mean"]["by_layer"];
+        assert!(layers["moe_layers"].as_u64().unwrap() > layers["head"].as_u64().unwrap());
+        assert_eq!(analysis["decode"]["dies"].as_array().unwrap().len(), 4);
+        mean["hidden_share"].as_f64().unwrap()
+    };
+    let (plain, two) = (hidden("none"), hidden("two-batch"));
+    assert!(plain < 0.01 && two > 0.5, "{plain} {two}");
+    // One die has nothing to hide, and an untraced run has no spans.
+    let one = ["--quiet", "--json", "-", "--max-tokens", "1"];
+    let untraced: Value = serde_json::from_slice(&dsv3(&one).stdout).unwrap();
+    assert_eq!(untraced["analysis"], Value::Null);
+    let traced = [&one[..], &plan[2..]].concat();
+    let traced: Value = serde_json::from_slice(&dsv3(&traced).stdout).unwrap();
+    let communication = &traced["analysis"]["prefill"]["mean"]["communication"];
+    assert_eq!(communication["hidden_share"], Value::Null);
+    assert_eq!(traced["analysis"]["decode"], Value::Null);
+}
+
+#[test]
 fn other_commands_and_the_other_backend_trace_too() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("t.json");
