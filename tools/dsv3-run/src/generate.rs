@@ -49,7 +49,8 @@ struct Report<'a> {
     prompt: &'a [u32],
     generation: &'a Generation,
     text: String,
-    ops: Vec<Total>,
+    /// Absent where the devices do not tell.
+    ops: Option<Vec<Total>>,
     /// With `--trace`.
     analysis: Option<Analysis>,
     provenance: Provenance,
@@ -72,7 +73,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let mut engine = source.engine(&args.model, &running, tokens, false)?;
     // Loading is over: only what the request costs is counted.
     let totals = Arc::new(Totals::default());
-    running.watch(&engine, Some(totals.clone()))?;
+    let watched = running.watch(&engine, Some(totals.clone()))?;
     let options = GenerationOptions {
         max_tokens: args.max_tokens,
         sampling: SamplingParams {
@@ -119,7 +120,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         prompt: &prompt,
         generation: &generation,
         text,
-        ops: totals.ranked(),
+        ops: watched.then(|| totals.ranked()),
         analysis,
         provenance: running.provenance(),
         memory,
@@ -333,7 +334,11 @@ impl Report<'_> {
         row("prefill", self.prompt.len(), timing.prefill_ps);
         row("decode", self.decoded(), timing.decode_ps);
         self.communication_table(out);
-        let all: u64 = self.ops.iter().map(|t| t.picos).sum();
+        let Some(ops) = &self.ops else {
+            out.push_str("  no breakdown by op: the devices do not say what took how long\n");
+            return;
+        };
+        let all: u64 = ops.iter().map(|t| t.picos).sum();
         if all == 0 {
             return;
         }
@@ -341,7 +346,7 @@ impl Report<'_> {
             "  {:<18} {:>6} {:>10} {:>6}  {}\n",
             "most expensive op", "calls", "time", "share", "bound by"
         ));
-        for op in self.ops.iter().take(SHOWN_OPS) {
+        for op in ops.iter().take(SHOWN_OPS) {
             let share = 100.0 * op.picos as f64 / all as f64;
             out.push_str(&format!(
                 "  {:<18} {:>6} {:>10} {share:>5.1}%  {}\n",

@@ -95,26 +95,26 @@ impl Tracing {
 }
 
 impl Running {
-    /// Has what the engine runs from now on watched: by `sink`, and for `--trace`. Devices that
-    /// have a clock but cannot say what took how long are not watched, unless `--trace` asks for it.
+    /// Has what the engine runs from now on watched: by `sink`, and for `--trace`. Whether it is: a
+    /// device may have a clock and not say what took how long. That is an error with `--trace` only.
     pub(crate) fn watch(
         &self,
         engine: &Engine,
         sink: Option<Arc<dyn TraceSink>>,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<bool> {
         let mut sinks: Vec<_> = sink.into_iter().collect();
         sinks.extend(self.trace.iter().map(|trace| trace.log.clone() as Arc<dyn TraceSink>));
         if sinks.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         let each: Arc<dyn TraceSink> = Arc::new(Each(sinks));
         for device in engine.devices().filter(|device| device.properties().clock.is_some()) {
             match device.set_trace(Some(each.clone())) {
-                Err(hal::Error::Unsupported { .. }) if self.trace.is_none() => {}
+                Err(hal::Error::Unsupported { .. }) if self.trace.is_none() => return Ok(false),
                 other => other?,
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Ends the watch, and writes the trace file if there is to be one; its spans.
