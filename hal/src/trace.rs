@@ -1,6 +1,6 @@
 //! What was executed when: the hook that profilers, reports and trace files hang on.
 
-use crate::{Clock, CollectiveKind, DeviceId, Label, OpKind, StreamId};
+use crate::{Clock, CollectiveKind, CommunicatorId, DeviceId, Label, OpKind, StreamId};
 
 /// The kind of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -72,6 +72,27 @@ impl Bound {
     }
 }
 
+/// What a command waited for besides what was before it on its stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum WaitedFor {
+    /// A command of another stream: the one that a wait names, or the counterpart of a send or
+    /// receive (of a batch's first).
+    Command {
+        /// The stream.
+        stream: StreamId,
+        /// The command's sequence number there.
+        sequence: u64,
+    },
+    /// The other ranks of a communicator. Spans that have both in common are one collective.
+    Ranks {
+        /// The communicator.
+        communicator: CommunicatorId,
+        /// The batch's number among the communicator's group collectives.
+        round: u64,
+    },
+}
+
 /// One completed command.
 #[derive(Clone, Debug)]
 pub struct Span {
@@ -85,6 +106,10 @@ pub struct Span {
     pub label: Label,
     /// The clock of `start` and `end`.
     pub clock: Clock,
+    /// Picoseconds at which its own stream was ready for it: what was before it was done, and the
+    /// host had issued it. From then until `start` it waited for others. Equal to `start` where the
+    /// device does not tell.
+    pub ready: u64,
     /// Picoseconds at which the device began it.
     pub start: u64,
     /// Picoseconds at which it was done.
@@ -95,6 +120,8 @@ pub struct Span {
     pub bytes: u64,
     /// What bounded it.
     pub bound: Bound,
+    /// What it waited for; `None` if for nothing, or where the device does not tell.
+    pub waited_for: Option<WaitedFor>,
 }
 
 impl Span {

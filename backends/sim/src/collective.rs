@@ -14,7 +14,7 @@ use crate::stream::{Held, Launch, StreamShared, Touch, Work};
 use crate::system::Shared;
 use exchange::{Part, Shape};
 use hal::op::Access;
-use hal::trace::CommandKind;
+use hal::trace::{CommandKind, WaitedFor};
 use hal::{
     Cause, Collective, CollectiveKind, Communicator, CommunicatorId, DeviceId, Error, Label, Result,
 };
@@ -55,14 +55,27 @@ struct Round {
 struct Posted {
     tensor: SimTensor,
     batch: Arc<PeerBatch>,
+    /// Its number in the batch.
+    part: usize,
 }
 
 /// A batch of sends and receives of one rank: done when each of them is.
 #[derive(Debug)]
 struct PeerBatch {
     held: Mutex<Option<Held>>,
-    progress: Mutex<(usize, u64, u64)>,
+    progress: Mutex<Progress>,
     ready: u64,
+    /// The batch's place on its stream.
+    command: WaitedFor,
+}
+
+#[derive(Debug)]
+struct Progress {
+    left: usize,
+    /// When the first of them began.
+    start: u64,
+    end: u64,
+    bytes: u64,
 }
 
 /// One rank's submitted batch, on its way through the stream.
@@ -134,7 +147,8 @@ impl Submission {
         }
     }
 
-    fn arrive_at_round(self, system: &Arc<Shared>, number: u64, held: Held) {
+    fn arrive_at_round(self, system: &Arc<Shared>, number: u64, mut held: Held) {
+        held.waited_for = Some(WaitedFor::Ranks { communicator: self.group.id, round: number });
         let complete = {
             let mut state = self.group.state.lock();
             if let Some(failure) = state.failure.clone() {
@@ -159,7 +173,13 @@ impl Submission {
     fn post(self, system: &Arc<Shared>, held: Held) {
         let batch = Arc::new(PeerBatch {
             ready: held.ready,
-            progress: Mutex::new((self.parts.len(), 0, 0)),
+            command: WaitedFor::Command { stream: held.stream.id, sequence: held.sequence },
+            progress: Mutex::new(Progress {
+                left: self.parts.len(),
+                start: u64::MAX,
+                end: 0,
+                bytes: 0,
+            }),
             held: Mutex::new(Some(held)),
         });
         let mut matched = Vec::new();
@@ -171,7 +191,7 @@ impl Submission {
                 return held.into_iter().for_each(|held| held.fail(failure.clone()));
             }
             let State { sends, receives, .. } = &mut *state;
-            for part in self.parts.iter() {
+            for (number, part) in self.parts.iter().enumerate() {
                 let (mine, theirs, key, tensor) = match (&part.shape, &part.send, &part.recv) {
                     (Shape::Send { peer }, Some(t), _) => {
                         (&mut *sends, &mut *receives, (self.rank, *peer), t)
@@ -181,7 +201,8 @@ impl Submission {
                     }
                     _ => continue,
                 };
-                let posted = Posted { tensor: tensor.clone(), batch: batch.clone() };
+                let (tensor, batch) = (tensor.clone(), batch.clone());
+                let posted = Posted { tensor, batch, part: number };
                 match theirs.get_mut(&key).and_then(VecDeque::pop_front) {
                     Some(other) => {
                         let send_first = matches!(part.shape, Shape::Send { .. });
@@ -283,9 +304,8 @@ fn run_pair(
         ),
         false => Cost::NOTHING,
     };
-    for posted in [send, receive] {
-        posted.batch.one_done(start + cost.picos, cost.bytes);
-    }
+    send.batch.one_done(send.part, receive.batch.command, start, cost);
+    receive.batch.one_done(receive.part, send.batch.command, start, cost);
 }
 
 fn copy(src: &SimTensor, dst: &SimTensor) -> Result<(), BorrowError> {
@@ -304,22 +324,25 @@ fn span(t: &SimTensor, access: Access) -> Span<'_> {
 }
 
 impl PeerBatch {
-    fn one_done(&self, end: u64, bytes: u64) {
+    fn one_done(&self, part: usize, counterpart: WaitedFor, start: u64, cost: Cost) {
+        if part == 0
+            && let Some(held) = &mut *self.held.lock()
+        {
+            held.waited_for = Some(counterpart);
+        }
         let finished = {
             let mut progress = self.progress.lock();
-            progress.0 -= 1;
-            progress.1 = progress.1.max(end);
-            progress.2 += bytes;
-            (progress.0 == 0).then_some((progress.1, progress.2))
+            progress.left -= 1;
+            progress.start = progress.start.min(start);
+            progress.end = progress.end.max(start + cost.picos);
+            progress.bytes += cost.bytes;
+            (progress.left == 0).then_some((progress.start, progress.end, progress.bytes))
         };
-        if let Some((end, bytes)) = finished
+        if let Some((start, end, bytes)) = finished
             && let Some(held) = self.held.lock().take()
         {
             let bound = hal::trace::Bound::Link;
-            held.complete(
-                self.ready,
-                Cost { picos: end - self.ready, bytes, bound, ..Cost::NOTHING },
-            );
+            held.complete(start, Cost { picos: end - start, bytes, bound, ..Cost::NOTHING });
         }
     }
 }

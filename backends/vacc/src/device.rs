@@ -179,11 +179,14 @@ impl DeviceShared {
             kind: wire::command_of(record.command)?,
             label: Label::from(text(&record.label)),
             clock: wire::clock_of(record.clock)?,
+            // The ABI tells neither how long a command waited nor for what.
+            ready: record.begin_ps,
             start: record.begin_ps,
             end: record.end_ps.max(record.begin_ps),
             operations: record.operations,
             bytes: record.bytes,
             bound: wire::bound_of(record.bound).unwrap_or(hal::trace::Bound::Unknown),
+            waited_for: None,
         })
     }
 }

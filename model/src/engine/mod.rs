@@ -35,7 +35,7 @@ use crate::numerics::Numerics;
 use crate::plan::{ParallelPlan, PlanError};
 use crate::sampling::SamplingError;
 use crate::weights::{self, LoadError, LoadProgress, Weights};
-use hal::Device;
+use hal::{Device, Stream};
 use rank::Rank;
 use std::sync::Arc;
 use std::time::Duration;
@@ -380,6 +380,11 @@ impl Engine {
     /// The dies, by rank.
     pub fn devices(&self) -> impl Iterator<Item = &Arc<dyn Device>> {
         self.ranks.iter().map(|rank| &rank.device)
+    }
+
+    /// The streams that the ranks have opened so far, by rank.
+    pub fn streams(&self) -> impl Iterator<Item = &Arc<dyn Stream>> {
+        self.ranks.iter().flat_map(|rank| &rank.lanes)
     }
 
     /// What each rank takes of its die's memory.

@@ -37,6 +37,7 @@ Examples:
   dsv3-run --machine h800 --numerics bf16 --json -       machine-readable, on another machine
   dsv3-run --backend vacc --vacc-runtime libvaccrt.so    through a card's runtime library
   dsv3-run logits --token-ids 0,1022,267 --out logits.safetensors
+  dsv3-run --tensor-parallel-size 4 --trace t.json       what ran when, for ui.perfetto.dev
   dsv3-run --record run.hal                              write every device command to a file,
   dsv3-run replay run.hal --backend vacc                 and run it again elsewhere: a bug report
   dsv3-run plan --config deepseek-v3 --tensor-parallel-size 32
@@ -141,6 +142,8 @@ pub(crate) struct ModelArgs {
     pub(crate) system: SystemArgs,
     #[command(flatten)]
     pub(crate) recording: RecordingArgs,
+    #[command(flatten)]
+    pub(crate) trace: TraceArgs,
 }
 
 impl ModelArgs {
@@ -234,6 +237,17 @@ pub(crate) struct RecordingArgs {
     /// result differs. Adds copies to the commands, so times are not those of a plain run.
     #[arg(long, requires = "record")]
     pub(crate) record_all: bool,
+}
+
+/// Whether to trace.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct TraceArgs {
+    /// Write what ran when, command by command, to a file for ui.perfetto.dev or chrome://tracing:
+    /// a process per die, a thread per stream, arrows from what was waited for, the use of memory
+    /// and links. Some 300 bytes a command; loading is not in it. A run that fails leaves no file.
+    /// A generation then also reports how much of its communication hides behind computation.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
 }
 
 #[derive(Args, Clone, Debug)]

@@ -29,7 +29,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let prompts =
         questions.iter().map(|q| source.chat(&q.question)).collect::<Result<Vec<_>, _>>()?;
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(1);
-    let running = system::open(&args.model, source.checkpoint.config())?;
+    let mut running = system::open(&args.model, source.checkpoint.config())?;
     let mut engine = source.engine(&args.model, &running, longest + args.max_tokens, false)?;
     let options = GenerationOptions {
         max_tokens: args.max_tokens,
@@ -38,6 +38,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
         ignore_eos: false,
         allowed: source.tokenizer.as_ref().map(|t| t.real_ids()),
     };
+    running.watch(&engine, None)?;
     let began = Instant::now();
     let (mut exact, mut tokens, mut wrong) = (0, 0, Vec::new());
     for (question, prompt) in questions.iter().zip(&prompts) {
@@ -54,6 +55,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<()> {
             }));
         }
     }
+    running.end_watch(&engine)?;
     drop(engine);
     running.finish()?;
     let accuracy = exact as f64 / questions.len().max(1) as f64;

@@ -4,12 +4,15 @@ use crate::cli::GenerateArgs;
 use crate::output::{bold, bytes, count, dim, picos, seconds};
 use crate::source::Source;
 use crate::system::{self, Provenance};
-use crate::trace::{Total, Totals};
+use crate::totals::{Total, Totals};
 use anyhow::Context;
 use model::engine::{Engine, Generation, GenerationOptions, MemoryPlan, Timing};
 use model::plan::ParallelOptions;
 use model::sampling::SamplingParams;
 use model::tokenizer::SpecialTokens;
+use report::Recorded;
+use report::analysis::{Communication, StepTime};
+use serde::Serialize;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::sync::Arc;
@@ -21,6 +24,24 @@ const QUESTION: &str = "What is the capital of France?";
 /// How many ops the table lists.
 const SHOWN_OPS: usize = 5;
 
+/// Where the time of each phase went.
+#[derive(Debug, Serialize)]
+struct Analysis {
+    /// Until the first token was known.
+    prefill: Option<StepTime>,
+    /// From then on.
+    decode: Option<StepTime>,
+}
+
+impl Analysis {
+    fn of(recorded: &Recorded, first_moe_layer: usize) -> anyhow::Result<Analysis> {
+        let phase = |number| {
+            StepTime::of_phase(recorded, number, first_moe_layer).context("reading the trace back")
+        };
+        Ok(Analysis { prefill: phase(0)?, decode: phase(1)? })
+    }
+}
+
 /// What a run measured, for the table and for JSON.
 struct Report<'a> {
     source: &'a Source,
@@ -28,7 +49,10 @@ struct Report<'a> {
     prompt: &'a [u32],
     generation: &'a Generation,
     text: String,
-    ops: Vec<Total>,
+    /// Absent where the devices do not tell.
+    ops: Option<Vec<Total>>,
+    /// With `--trace`.
+    analysis: Option<Analysis>,
     provenance: Provenance,
     memory: MemoryPlan,
     plan: ParallelOptions,
@@ -44,16 +68,12 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let to_stdout = args.json.as_deref() == Some("-");
     let source = Source::open(&args.model)?;
     let prompt = prompt(args, &source)?;
-    let running = system::open(&args.model, source.checkpoint.config())?;
+    let mut running = system::open(&args.model, source.checkpoint.config())?;
     let tokens = prompt.len().saturating_add(args.max_tokens);
     let mut engine = source.engine(&args.model, &running, tokens, false)?;
     // Loading is over: only what the request costs is counted.
     let totals = Arc::new(Totals::default());
-    for device in engine.devices() {
-        if device.properties().clock.is_some() {
-            device.set_trace(Some(totals.clone()))?;
-        }
-    }
+    let watched = running.watch(&engine, Some(totals.clone()))?;
     let options = GenerationOptions {
         max_tokens: args.max_tokens,
         sampling: SamplingParams {
@@ -77,6 +97,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         if first_token.is_none() {
             first_token = Some(began.elapsed().as_secs_f64());
             decode_began = Instant::now();
+            running.trace.iter().for_each(|trace| trace.next_phase());
         }
         printer.token(token);
     })?;
@@ -87,6 +108,11 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let memory = engine.memory().iter().copied().max_by_key(MemoryPlan::total).unwrap_or_default();
     let plan = engine.plan().options();
     let ranks = engine.plan().ranks();
+    let first_moe_layer = engine.config().first_k_dense_replace;
+    let analysis = match running.end_watch(&engine)? {
+        Some(recorded) => Some(Analysis::of(&recorded, first_moe_layer)?),
+        None => None,
+    };
     release(engine, &running)?;
     let report = Report {
         source: &source,
@@ -94,7 +120,8 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         prompt: &prompt,
         generation: &generation,
         text,
-        ops: totals.ranked(),
+        ops: watched.then(|| totals.ranked()),
+        analysis,
         provenance: running.provenance(),
         memory,
         plan,
@@ -139,9 +166,6 @@ fn announce(args: &GenerateArgs, source: &Source, prompt: &[u32]) -> std::io::Re
 
 /// Frees everything, and with `--validate` makes sure that it is freed.
 fn release(engine: Engine, running: &system::Running) -> anyhow::Result<()> {
-    for device in engine.devices() {
-        device.set_trace(None)?;
-    }
     drop(engine);
     match running.leaks() {
         0 => running.finish(),
@@ -211,6 +235,7 @@ impl Report<'_> {
             "text": self.source.tokenizer.is_some().then_some(&self.text),
             "finish_reason": self.generation.finish_reason,
             "timing": timing,
+            "analysis": self.analysis,
             "wall": {
                 "clock": "host",
                 "load_s": self.load_seconds,
@@ -265,6 +290,29 @@ impl Report<'_> {
         out
     }
 
+    /// With `--trace` and several dies: how much of the communication hides.
+    fn communication_table(&self, out: &mut String) {
+        let Some(Analysis { prefill, decode }) = &self.analysis else { return };
+        let phases = [("prefill", prefill), ("decode", decode)];
+        let phases = phases.map(|(name, step)| Some((name, step.as_ref()?.mean.communication)));
+        let mut phases = phases.into_iter().flatten().filter(|(_, c)| c.busy_ps > 0).peekable();
+        if phases.peek().is_some() {
+            out.push_str(&format!(
+                "  {:<18} {:>10} {:>10} {:>7}  (mean of the dies)\n",
+                "communication", "busy", "exposed", "hidden"
+            ));
+        }
+        for (name, communication) in phases {
+            let Communication { busy_ps, exposed_ps, hidden_share, .. } = communication;
+            let hidden = 100.0 * hidden_share.unwrap_or_default();
+            out.push_str(&format!(
+                "    {name:<16} {:>10} {:>10} {hidden:>6.1}%\n",
+                picos(busy_ps),
+                picos(exposed_ps)
+            ));
+        }
+    }
+
     fn timing_table(&self, timing: Timing, out: &mut String) {
         let dies = match self.ranks {
             1 => "one die".to_string(),
@@ -285,7 +333,12 @@ impl Report<'_> {
         };
         row("prefill", self.prompt.len(), timing.prefill_ps);
         row("decode", self.decoded(), timing.decode_ps);
-        let all: u64 = self.ops.iter().map(|t| t.picos).sum();
+        self.communication_table(out);
+        let Some(ops) = &self.ops else {
+            out.push_str("  no breakdown by op: the devices do not say what took how long\n");
+            return;
+        };
+        let all: u64 = ops.iter().map(|t| t.picos).sum();
         if all == 0 {
             return;
         }
@@ -293,7 +346,7 @@ impl Report<'_> {
             "  {:<18} {:>6} {:>10} {:>6}  {}\n",
             "most expensive op", "calls", "time", "share", "bound by"
         ));
-        for op in self.ops.iter().take(SHOWN_OPS) {
+        for op in ops.iter().take(SHOWN_OPS) {
             let share = 100.0 * op.picos as f64 / all as f64;
             out.push_str(&format!(
                 "  {:<18} {:>6} {:>10} {share:>5.1}%  {}\n",

@@ -10,12 +10,14 @@ use std::io::Write;
 
 pub(crate) fn run(args: &LogitsArgs) -> anyhow::Result<()> {
     let source = Source::open(&args.model)?;
-    let running = system::open(&args.model, source.checkpoint.config())?;
+    let mut running = system::open(&args.model, source.checkpoint.config())?;
     let tokens = &args.token_ids.0;
     let mtp = source.checkpoint.has_mtp()?;
     let mut engine = source.engine(&args.model, &running, tokens.len(), mtp)?;
+    running.watch(&engine, None)?;
     let (logits, mtp_logits) = engine.all_logits(tokens)?;
     let vocabulary = engine.config().vocab_size;
+    running.end_watch(&engine)?;
     drop(engine);
     running.finish()?;
     let mut tensors = vec![("logits", to_bytes(&logits))];

@@ -16,6 +16,7 @@ mod plan;
 mod replay;
 mod source;
 mod system;
+mod totals;
 mod trace;
 
 use clap::Parser;

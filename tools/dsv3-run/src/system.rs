@@ -2,6 +2,7 @@
 
 use crate::cli::{Backend, ModelArgs, RecordingArgs, Switch, SystemArgs};
 use crate::output::bytes;
+use crate::trace::Tracing;
 use ::replay::{Header, Recorder};
 use anyhow::{Context, bail, ensure};
 use hal::fault::FaultPlan;
@@ -88,11 +89,14 @@ pub(crate) struct Running {
     validated: Vec<Arc<Validated>>,
     devices: Vec<Arc<dyn Device>>,
     recorder: Option<Recorder>,
+    /// Of `--trace`, until it is written.
+    pub(crate) trace: Option<Tracing>,
 }
 
 /// Starts the machine and opens a die for each rank of the plan.
 pub(crate) fn open(args: &ModelArgs, config: &ModelConfig) -> anyhow::Result<Running> {
-    let ModelArgs { system, recording, parallel, .. } = args;
+    let ModelArgs { system, recording, parallel, trace, .. } = args;
+    let trace = Tracing::prepare(trace, system)?;
     let platform = Platform::start(system)?;
     let plan = parallel.plan(config, &platform.topology()?)?;
     if plan.ranks() > platform.dies() as usize {
@@ -115,7 +119,10 @@ pub(crate) fn open(args: &ModelArgs, config: &ModelConfig) -> anyhow::Result<Run
         true => Validated::wrap_all(devices.iter().cloned()),
         false => Vec::new(),
     };
-    Ok(Running { platform, validated, devices, recorder })
+    if let Some(trace) = &trace {
+        trace.check(&devices)?;
+    }
+    Ok(Running { platform, validated, devices, recorder, trace })
 }
 
 fn start_recording(args: &RecordingArgs) -> anyhow::Result<Option<Recorder>> {

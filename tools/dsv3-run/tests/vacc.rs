@@ -145,6 +145,51 @@ fn what_the_library_refuses_and_what_fails_on_it_is_told() {
     }
 }
 
+/// The library without some of its functions: under other names, nobody finds them.
+fn without(functions: &[&str], folder: &std::path::Path) -> String {
+    let mut library = std::fs::read(runtime()).unwrap();
+    for function in functions {
+        let mut at = 0;
+        let mut renamed = 0;
+        while let Some(found) =
+            library[at..].windows(function.len()).position(|w| w == function.as_bytes())
+        {
+            library[at + found] = b'_';
+            at += found + function.len();
+            renamed += 1;
+        }
+        assert!(renamed > 0, "{function}");
+    }
+    let path = folder.join("libvaccrt.so");
+    std::fs::write(&path, library).unwrap();
+    path.to_str().unwrap().to_string()
+}
+
+#[test]
+fn a_library_with_a_clock_and_no_profile_is_timed_without_a_breakdown() {
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = without(&["vacc_profile_enable", "vacc_profile_read"], folder.path());
+    let args = ["--backend", "vacc", "--vacc-runtime", &runtime];
+    let report = json(&dsv3(&[&args[..], &["--json", "-"]].concat()).output().unwrap());
+    let sim = json(&dsv3(&["--json", "-"]).output().unwrap());
+    assert_eq!(report["token_ids"], sim["token_ids"]);
+    assert_eq!(report["timing"]["decode_ms"], sim["timing"]["decode_ms"]);
+    assert_eq!(report["timing"]["ops"], Value::Null, "it does not tell");
+    let text = dsv3(&args).output().unwrap();
+    let text = String::from_utf8_lossy(&text.stdout);
+    assert!(text.contains("decode") && !text.contains("most expensive op"), "{text}");
+    assert!(text.contains("no breakdown by op"), "{text}");
+    let trace = folder.path().join("t.json");
+    let output = dsv3(&[&args[..], &["--trace", trace.to_str().unwrap()]].concat()).output();
+    let output = output.unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    for words in ["--trace", "does not export", "vacc_profile_enable and vacc_profile_read"] {
+        assert!(errors.contains(words), "{errors:?} lacks {words:?}");
+    }
+    assert!(output.stdout.is_empty() && !trace.exists(), "refused before the run");
+}
+
 #[test]
 fn both_backends_agree_on_several_dies() {
     let runtime = runtime();

@@ -17,7 +17,7 @@ use crate::memory::Memory;
 use crate::system::Shared;
 use hal::fault::FaultAction;
 use hal::op::Access;
-use hal::trace::{CommandKind, Span};
+use hal::trace::{CommandKind, Span, WaitedFor};
 use hal::{Cause, Clock, Error, Failure, Label, Result, StreamId};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rayon::prelude::*;
@@ -103,6 +103,8 @@ pub(crate) struct Held {
     /// When it could have started, by its own stream.
     pub(crate) ready: u64,
     delay: u64,
+    /// The ranks that it meets, for traces.
+    pub(crate) waited_for: Option<WaitedFor>,
 }
 
 /// A range that a command is about to touch.
@@ -209,11 +211,18 @@ struct Finished {
     kind: CommandKind,
     label: Label,
     issued: u64,
+    waited_for: Option<WaitedFor>,
 }
 
 impl From<Pending> for Finished {
     fn from(p: Pending) -> Self {
-        Finished { sequence: p.sequence, kind: p.kind, label: p.label, issued: p.issued }
+        Finished {
+            sequence: p.sequence,
+            kind: p.kind,
+            label: p.label,
+            issued: p.issued,
+            waited_for: None,
+        }
     }
 }
 
@@ -474,7 +483,9 @@ impl StreamShared {
         let answer = target.queue.lock().passed(value);
         match answer {
             Some(Ok(end)) => {
-                self.finish(&pending.into(), Cost::NOTHING, delay, end);
+                let waited_for = Some(WaitedFor::Command { stream: target.id, sequence: value });
+                let done = Finished { waited_for, ..pending.into() };
+                self.finish(&done, Cost::NOTHING, delay, end);
                 return Flow::Continue;
             }
             Some(Err(error)) => {
@@ -516,6 +527,7 @@ impl StreamShared {
             kind: pending.kind,
             ready: queue.now.max(pending.issued),
             delay,
+            waited_for: None,
         }
     }
 
@@ -537,11 +549,13 @@ impl StreamShared {
                 kind: done.kind,
                 label: done.label.clone(),
                 clock: Clock::Simulated,
+                ready: queue.now.max(done.issued),
                 start,
                 end,
                 operations: cost.operations,
                 bytes: cost.bytes,
                 bound: cost.bound,
+                waited_for: done.waited_for,
             });
         }
         queue.now = end;
@@ -630,7 +644,8 @@ impl Held {
             sequence: self.sequence,
             kind: self.kind,
             label: self.label.clone(),
-            issued: 0,
+            issued: self.ready,
+            waited_for: self.waited_for,
         };
         self.stream.finish(&done, cost, self.delay, start);
         self.stream.wake(self.sequence);
