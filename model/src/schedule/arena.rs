@@ -43,32 +43,34 @@ struct Lives {
 
 impl Lives {
     fn of(graph: &Graph, accesses: &Accesses, order: &Order) -> Self {
-        let mut lives: Vec<Option<Life>> = Vec::new();
-        lives.resize_with(graph.values().len(), || None);
+        let mut all: Vec<Life> = Vec::new();
+        // The life of each value, by number in `all`.
+        let mut life_of: Vec<Option<usize>> = vec![None; graph.values().len()];
         for touch in accesses.all() {
             let (node, at) = (touch.node as usize, touch.value.0 as usize);
             let value = &graph.values()[at];
-            match &mut lives[at] {
-                Some(life) => life.last = node,
+            match life_of[at] {
+                Some(life) => all[life].last = node,
                 None if value.source == Source::Scratch => {
+                    life_of[at] = Some(all.len());
                     let size = value.desc.bytes().next_multiple_of(ALIGNMENT);
-                    lives[at] = Some(Life { value: touch.value, size, first: node, last: node });
+                    all.push(Life { value: touch.value, size, first: node, last: node });
                 }
                 None => {}
             }
         }
-        let mut all: Vec<Life> = lives.into_iter().flatten().collect();
         // Large ones first where several begin at once, and in a fixed order: a plan is a function
         // of the graph.
-        all.sort_unstable_by_key(|l| (l.first, Reverse(l.size), l.value));
-        let mut number_of = vec![None; graph.values().len()];
+        for together in all.chunk_by_mut(|a, b| a.first == b.first) {
+            together.sort_unstable_by_key(|life| (Reverse(life.size), life.value));
+        }
         for (number, life) in all.iter().enumerate() {
-            number_of[life.value.0 as usize] = Some(number);
+            life_of[life.value.0 as usize] = Some(number);
         }
         let mut ends = Clocks::all(order.lanes, all.len(), 0);
         let mut begins = Clocks::all(order.lanes, all.len(), u32::MAX);
         for touch in accesses.all() {
-            let Some(life) = number_of[touch.value.0 as usize] else { continue };
+            let Some(life) = life_of[touch.value.0 as usize] else { continue };
             let (lane, position) = order.places[touch.node as usize];
             let end = &mut ends.of_mut(life)[lane];
             *end = position.max(*end);
@@ -123,66 +125,67 @@ impl Lives {
         most
     }
 
-    /// Pairs of lives that cannot share bytes.
-    fn pairs(&self, order: &Order) -> Vec<(u32, u32)> {
+    /// Of each life, the earlier ones that it cannot share bytes with.
+    fn conflicts(&self, order: &Order) -> Lists {
         // Of each node, what is done before it and before every node after it, whatever the lane.
-        let nodes = order.places.len();
         let mut floors = order.clocks.clone();
         let mut floor = vec![u32::MAX; order.lanes];
-        for node in (0..nodes).rev() {
+        for node in (0..order.places.len()).rev() {
             meet(&mut floor, order.clocks.of(node));
             floors.of_mut(node).copy_from_slice(&floor);
         }
-        let mut pairs = Vec::new();
+        let mut conflicts =
+            Lists { starts: vec![0], items: Vec::with_capacity(16 * self.all.len()) };
         let mut open: Vec<u32> = Vec::new();
         for (number, life) in self.all.iter().enumerate() {
             let floor = floors.of(life.first);
             open.retain(|&other| {
                 if !self.done_before(other as usize, number) {
-                    pairs.push((other, number as u32));
+                    conflicts.items.push(other);
                     return true;
                 }
                 // What is done before all that comes need not be looked at again.
                 !covers(floor, self.ends.of(other as usize))
             });
             open.push(number as u32);
+            conflicts.starts.push(conflicts.items.len());
         }
-        pairs
+        conflicts
     }
 }
 
-/// Of each life, those that it cannot share bytes with.
-struct Conflicts {
-    starts: Vec<u32>,
-    with: Vec<u32>,
+/// A list of lives for each life.
+struct Lists {
+    /// Where each list begins, and the end of the last one.
+    starts: Vec<usize>,
+    items: Vec<u32>,
 }
 
-impl Conflicts {
-    fn of(lives: &Lives, order: &Order) -> Self {
-        let pairs = lives.pairs(order);
-        let mut ends = vec![0u32; lives.all.len() + 1];
-        for &(a, b) in &pairs {
-            ends[a as usize] += 1;
-            ends[b as usize] += 1;
+impl Lists {
+    fn of(&self, life: usize) -> &[u32] {
+        &self.items[self.starts[life]..self.starts[life + 1]]
+    }
+
+    /// Of each life, those in whose lists it is.
+    fn transposed(&self) -> Lists {
+        let count = self.starts.len() - 1;
+        // Each list is filled from its end, so that its end becomes its start.
+        let mut starts = vec![0; count + 1];
+        self.items.iter().for_each(|&life| starts[life as usize] += 1);
+        let mut end = 0;
+        for start in &mut starts {
+            end += *start;
+            *start = end;
         }
-        let mut sum = 0;
-        for end in &mut ends {
-            sum += *end;
-            *end = sum;
-        }
-        // Each life's part is filled from its end, so that its end becomes its start.
-        let mut with = vec![0u32; 2 * pairs.len()];
-        for &(a, b) in &pairs {
-            for (of, other) in [(a, b), (b, a)] {
-                ends[of as usize] -= 1;
-                with[ends[of as usize] as usize] = other;
+        let mut items = vec![0; self.items.len()];
+        for of in 0..count {
+            for &life in self.of(of) {
+                let at = &mut starts[life as usize];
+                *at -= 1;
+                items[*at] = of as u32;
             }
         }
-        Conflicts { starts: ends, with }
-    }
-
-    fn of_life(&self, life: usize) -> &[u32] {
-        &self.with[self.starts[life] as usize..self.starts[life + 1] as usize]
+        Lists { starts, items }
     }
 }
 
@@ -193,7 +196,8 @@ type Key = (Reverse<u64>, Reverse<u64>, ValueId);
 pub(super) fn plan(graph: &Graph, accesses: &Accesses, order: &Order) -> Arena {
     let lives = Lives::of(graph, accesses, order);
     let lower_bound = lives.alive(order.places.len()).max(lives.not_done(order));
-    let conflicts = Conflicts::of(&lives, order);
+    let earlier = lives.conflicts(order);
+    let mut later = None;
     // The order of time is good enough for most graphs; where several lanes keep values apart, other
     // orders may pack better: large ones first, or from the end of the graph.
     let orders: [Option<fn(&Life) -> Key>; 3] = [
@@ -204,10 +208,16 @@ pub(super) fn plan(graph: &Graph, accesses: &Accesses, order: &Order) -> Arena {
     let mut turns: Vec<usize> = (0..lives.all.len()).collect();
     let (mut offsets, mut size) = (Vec::new(), u64::MAX);
     for key in orders {
-        if let Some(key) = key {
-            turns.sort_unstable_by_key(|&life| key(&lives.all[life]));
-        }
-        if let Some(smaller) = place(&lives, &conflicts, &turns, size) {
+        let plan = match key {
+            // Only earlier ones have a place yet.
+            None => place(&lives, &[&earlier], &turns, size),
+            Some(key) => {
+                turns.sort_by_cached_key(|&life| key(&lives.all[life]));
+                let later = later.get_or_insert_with(|| earlier.transposed());
+                place(&lives, &[&earlier, later], &turns, size)
+            }
+        };
+        if let Some(smaller) = plan {
             (offsets, size) = smaller;
         }
         if size * 20 <= lower_bound * 21 {
@@ -218,28 +228,28 @@ pub(super) fn plan(graph: &Graph, accesses: &Accesses, order: &Order) -> Arena {
     Arena { offsets, size, lower_bound }
 }
 
-/// Best fit: each life in turn goes to the smallest gap between those it cannot share with. Gives
-/// where each lies and the size of it all, or nothing where that is not below `limit`.
+/// Best fit: each life in turn goes to the smallest gap between those it cannot share with, which
+/// `conflicts` lists. Gives where each lies and the size of it all, or nothing where that is not
+/// below `limit`.
 fn place(
     lives: &Lives,
-    conflicts: &Conflicts,
+    conflicts: &[&Lists],
     turns: &[usize],
     limit: u64,
 ) -> Option<(Vec<u64>, u64)> {
     const NOWHERE: u64 = u64::MAX;
-    let mut offsets = vec![NOWHERE; lives.all.len()];
+    // Where each life begins and ends.
+    let mut places = vec![(NOWHERE, NOWHERE); lives.all.len()];
     let mut total = 0;
     let mut taken: Vec<(u64, u64)> = Vec::new();
     for &life in turns {
         let size = lives.all[life].size;
         taken.clear();
-        for &other in conflicts.of_life(life) {
-            let start = offsets[other as usize];
-            if start != NOWHERE {
-                taken.push((start, start + lives.all[other as usize].size));
-            }
+        for lists in conflicts {
+            let with = lists.of(life).iter().map(|&other| places[other as usize]);
+            taken.extend(with.filter(|&(start, _)| start != NOWHERE));
         }
-        taken.sort_unstable();
+        taken.sort_unstable_by_key(|&(start, _)| start);
         let (mut best, mut end): (Option<(u64, u64)>, u64) = (None, 0);
         for &(start, stop) in &taken {
             let gap = start.saturating_sub(end);
@@ -253,7 +263,7 @@ fn place(
         if total >= limit {
             return None;
         }
-        offsets[life] = offset;
+        places[life] = (offset, offset + size);
     }
-    Some((offsets, total))
+    Some((places.into_iter().map(|(start, _)| start).collect(), total))
 }
