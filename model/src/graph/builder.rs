@@ -7,6 +7,7 @@ use crate::weights::{Role, WeightKey, WeightPlan, WeightSpec};
 use hal::op::{self, BlockGrid, Routing, ScaleFormat};
 use hal::{Collective, DType, Op, Operand, Reduction, TensorDesc};
 use std::collections::HashMap;
+use std::fmt;
 
 /// Activations as matrix products take them: plain, and quantised where the weight is FP8.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +55,9 @@ pub(super) struct Builder<'w> {
     quantized: bool,
     scale_format: ScaleFormat,
     micro_batch: MicroBatch,
-    bound: HashMap<Source, Slot>,
+    bound: HashMap<Source, ValueId>,
+    /// The label of the newest node; kept for its memory.
+    label: String,
     /// Goes in front of every label: "layer 4 ".
     pub(super) scope: String,
 }
@@ -67,16 +70,19 @@ impl<'w> Builder<'w> {
         scale_format: ScaleFormat,
         micro_batch: MicroBatch,
     ) -> Self {
+        // A little more than the layers of any plan need.
+        let layers = rank.layers.len() + 1;
         Builder {
-            values: Vec::new(),
-            nodes: Vec::new(),
+            values: Vec::with_capacity(80 * layers),
+            nodes: Vec::with_capacity(40 * layers),
             weights,
             rank,
             numerics,
             quantized: weights.is_quantized(),
             scale_format,
             micro_batch,
-            bound: HashMap::new(),
+            bound: HashMap::with_capacity(30 * layers),
+            label: String::new(),
             scope: String::new(),
         }
     }
@@ -87,16 +93,17 @@ impl<'w> Builder<'w> {
 
     fn add(&mut self, name: &str, desc: TensorDesc, source: Source) -> Slot {
         let value = ValueId(self.values.len() as u32);
-        self.values.push(Value { name: format!("{}{name}", self.scope), desc, source });
+        self.values.push(Value { name: [&self.scope, name].concat(), desc, source });
         Slot { value, offset: 0, desc }
     }
 
-    fn bind(&mut self, name: &str, desc: TensorDesc, source: Source) -> Slot {
-        if let Some(slot) = self.bound.get(&source) {
-            return *slot;
+    /// The value that is bound to a source; it gets its name when it is asked for first.
+    fn bind(&mut self, name: impl fmt::Display, desc: TensorDesc, source: Source) -> Slot {
+        if let Some(&value) = self.bound.get(&source) {
+            return Slot { value, offset: 0, desc: self.values[value.0 as usize].desc };
         }
-        let slot = self.add(name, desc, source);
-        self.bound.insert(source, slot);
+        let slot = self.add(&name.to_string(), desc, source);
+        self.bound.insert(source, slot.value);
         slot
     }
 
@@ -115,7 +122,7 @@ impl<'w> Builder<'w> {
 
     pub(super) fn input(&mut self, input: Input, shape: &[usize]) -> Slot {
         self.bind(
-            &format!("{input:?}"),
+            format_args!("{input:?}"),
             TensorDesc::new(DType::I32, shape),
             Source::Input(self.micro_batch, input),
         )
@@ -123,7 +130,7 @@ impl<'w> Builder<'w> {
 
     pub(super) fn output(&mut self, output: Output, dtype: DType, shape: &[usize]) -> Slot {
         self.bind(
-            &format!("{output:?}"),
+            format_args!("{output:?}"),
             TensorDesc::new(dtype, shape),
             Source::Output(self.micro_batch, output),
         )
@@ -131,7 +138,7 @@ impl<'w> Builder<'w> {
 
     pub(super) fn cache(&mut self, layer: usize, shape: &[usize]) -> Slot {
         let desc = TensorDesc::new(self.act(), shape);
-        self.bind(&format!("cache {layer}"), desc, Source::Cache(layer))
+        self.bind(format_args!("cache {layer}"), desc, Source::Cache(layer))
     }
 
     pub(super) fn spec(&self, key: WeightKey) -> &'w WeightSpec {
@@ -139,18 +146,20 @@ impl<'w> Builder<'w> {
     }
 
     pub(super) fn weight(&mut self, layer: usize, role: Role) -> Slot {
-        let key = WeightKey { layer, role };
-        let desc = self.spec(key).desc;
-        self.bind(&format!("{role:?}"), desc, Source::Weight(key))
+        self.bind_weight(self.spec(WeightKey { layer, role }))
+    }
+
+    fn bind_weight(&mut self, spec: &WeightSpec) -> Slot {
+        self.bind(format_args!("{:?}", spec.key.role), spec.desc, Source::Weight(spec.key))
     }
 
     fn weight_and_scales(&mut self, layer: usize, role: Role) -> (Slot, Option<Slot>, BlockGrid) {
-        let w = self.weight(layer, role);
-        let key = WeightKey { layer, role };
-        let (scales, grid) = (self.spec(key).scales, self.spec(key).grid);
-        let scales =
-            scales.map(|desc| self.bind(&format!("{role:?} scales"), desc, Source::Scales(key)));
-        (w, scales, grid)
+        let spec = self.spec(WeightKey { layer, role });
+        let w = self.bind_weight(spec);
+        let scales = spec
+            .scales
+            .map(|desc| self.bind(format_args!("{role:?} scales"), desc, Source::Scales(spec.key)));
+        (w, scales, spec.grid)
     }
 
     /// Appends an op.
@@ -161,7 +170,9 @@ impl<'w> Builder<'w> {
     }
 
     fn node(&mut self, name: &str, work: Work) {
-        self.nodes.push(Node { work, label: format!("{}{name}", self.scope).into() });
+        self.label.clear();
+        self.label.extend([&self.scope, name]);
+        self.nodes.push(Node { work, label: self.label.as_str().into() });
     }
 
     /// Appends a batch of collectives, unless this rank has nobody to talk to.
@@ -293,7 +304,7 @@ impl<'w> Builder<'w> {
 
     pub(super) fn linear(&mut self, name: &str, x: &Activations, layer: usize, role: Role) -> Slot {
         let rows = self.spec(WeightKey { layer, role }).desc.dim(0);
-        let out = self.scratch(name, &[x.plain.desc().dim(0), rows]);
+        let out = self.scratch(name, &[x.rows(), rows]);
         self.linear_into(name, x, layer, role, out);
         out
     }

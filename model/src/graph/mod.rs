@@ -231,6 +231,22 @@ impl Graph {
         &self.values[id.0 as usize]
     }
 
+    /// Its values and nodes.
+    pub(crate) fn into_parts(self) -> (Vec<Value>, Vec<Node>) {
+        (self.values, self.nodes)
+    }
+
+    /// A node, to put another one in its place.
+    pub(crate) fn node_mut(&mut self, number: usize) -> &mut Node {
+        &mut self.nodes[number]
+    }
+
+    /// Takes nodes out, by number.
+    pub(crate) fn remove_nodes(&mut self, gone: &[bool]) {
+        let mut gone = gone.iter();
+        self.nodes.retain(|_| gone.next() == Some(&false));
+    }
+
     /// Calls `f` with the number of each node and each of its operands.
     pub fn visit(&self, mut f: impl FnMut(usize, Access, &Slot)) {
         for (number, node) in self.nodes.iter().enumerate() {

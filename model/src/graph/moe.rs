@@ -59,8 +59,9 @@ impl Model<'_> {
     pub(super) fn moe(&mut self, layer: usize, x: Slot) -> Slot {
         let x = self.b.activations("mlp", x, (layer, Role::ExpertsGateUp));
         let chosen = self.route(layer, &x);
-        match self.rank.experts.clone() {
-            Some(placement) => self.spread(layer, &x, chosen, &placement),
+        let rank = self.rank;
+        match &rank.experts {
+            Some(placement) => self.spread(layer, &x, chosen, placement),
             None => {
                 let partial = self.columns(layer, &x, chosen);
                 self.sum_columns("moe", partial)

@@ -13,36 +13,30 @@ use hal::{Op, Operand, TensorDesc};
 /// somebody else reads what it gives. The norm's output stays an output where it has other readers;
 /// elsewhere its value keeps its number and nobody names it any more. `supports` is asked once for
 /// each shape.
-pub fn fuse(graph: Graph, supports: &dyn Fn(&Op<TensorDesc>) -> bool) -> Graph {
+pub fn fuse(mut graph: Graph, supports: &dyn Fn(&Op<TensorDesc>) -> bool) -> Graph {
     let mut fusion = Fusion { readers: readers(&graph), answers: Vec::new(), supports };
-    // The fused op at the place of each node that it replaces, and the nodes that are gone.
-    let mut fused: Vec<Option<Op<Slot>>> = vec![None; graph.nodes().len()];
-    let mut gone = vec![false; graph.nodes().len()];
     let mut writers: Vec<Option<usize>> = vec![None; graph.values().len()];
-    for (number, node) in graph.nodes().iter().enumerate() {
-        if let Work::Op(Op::Quantize(quantize)) = &node.work
+    // Nodes that are part of an earlier one now. They stay until all pairs are found, so that who
+    // may move is still told by what stood between.
+    let mut gone = vec![false; graph.nodes().len()];
+    for number in 0..gone.len() {
+        if let Work::Op(Op::Quantize(quantize)) = &graph.nodes()[number].work
             && let Some(first) = writers[quantize.x.value.0 as usize]
-            && fused[first].is_none()
             && let Some(op) = fusion.of_pair(&graph, first, number, quantize)
         {
-            fused[first] = Some(op);
+            let node = graph.node_mut(first);
+            node.label = [&node.label, " + quantise"].concat().into();
+            node.work = Work::Op(op);
             gone[number] = true;
         }
-        node.work.visit(|access, slot| {
+        graph.nodes()[number].work.visit(|access, slot| {
             if access.writes() {
                 writers[slot.value.0 as usize] = Some(number);
             }
         });
     }
-    let merge = |(number, node): (usize, &Node)| match &fused[number] {
-        Some(op) => {
-            Node { work: Work::Op(op.clone()), label: format!("{} + quantise", node.label).into() }
-        }
-        None => node.clone(),
-    };
-    let kept = graph.nodes().iter().enumerate().filter(|(number, _)| !gone[*number]);
-    let nodes = kept.map(merge).collect();
-    Graph::new(graph.values().to_vec(), nodes)
+    graph.remove_nodes(&gone);
+    graph
 }
 
 /// How many operands read each value.

@@ -3,11 +3,12 @@
 use super::*;
 use crate::config::Preset;
 use crate::engine::{EngineOptions, Overlap, StepKind, preview};
-use crate::graph::{Node, Slot, Value};
+use crate::graph::{Slot, Source, Value, ValueId};
 use crate::plan::{ParallelOptions, ParallelPlan};
-use hal::{DType, TensorDesc, op};
+use hal::{DType, Operand, TensorDesc, op};
 use proptest::prelude::*;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
 /// A node of a random graph: where it reads, what it writes, on which lane.
 type Recipe = (Vec<(usize, usize)>, usize, usize, bool);
