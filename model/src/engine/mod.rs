@@ -8,6 +8,7 @@
 //! | a rank: die, streams, weights, cache | `rank.rs` |
 //! | a schedule bound to a rank's memory | `program.rs` |
 //! | which tokens go together, and what the host sends | `batch.rs` |
+//! | the sizes of a step | `shape.rs` |
 //! | one step on all ranks | `step.rs` |
 //! | failures: one origin, and everybody released | `failure.rs` |
 //! | pages of the KV cache | `cache.rs` |
@@ -21,6 +22,7 @@ mod memory;
 mod preview;
 mod program;
 mod rank;
+mod shape;
 mod step;
 
 pub use cache::{CacheFull, PagePool, Sequence};
@@ -383,6 +385,6 @@ impl Engine {
 
     /// Ids that have a token.
     fn vocabulary(&self) -> usize {
-        self.options.vocabulary.unwrap_or(self.config.vocab_size).min(self.config.vocab_size)
+        shape::vocabulary(&self.config, self.options)
     }
 }
