@@ -12,6 +12,7 @@ use crate::cost::{Cost, Exchanged};
 use crate::memory::{BorrowError, Guards, Memory, SimTensor, Slot, Span};
 use crate::stream::{Held, Launch, StreamShared, Touch, Work};
 use crate::system::Shared;
+use crate::timeline::{PairKey, Step};
 use exchange::{Part, Shape};
 use hal::op::Access;
 use hal::trace::{CommandKind, WaitedFor};
@@ -23,6 +24,7 @@ use parking_lot::Mutex;
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// A communicator, as its ranks share it.
 #[derive(Debug)]
@@ -64,7 +66,6 @@ struct Posted {
 struct PeerBatch {
     held: Mutex<Option<Held>>,
     progress: Mutex<Progress>,
-    ready: u64,
     /// The batch's place on its stream.
     command: WaitedFor,
 }
@@ -72,9 +73,7 @@ struct PeerBatch {
 #[derive(Debug)]
 struct Progress {
     left: usize,
-    /// When the first of them began.
-    start: u64,
-    end: u64,
+    pairs: Vec<(PairKey, u64)>,
     bytes: u64,
 }
 
@@ -165,21 +164,15 @@ impl Submission {
         };
         if let Some((mut round, devices)) = complete {
             round.arrivals.sort_by_key(|(rank, ..)| *rank);
-            run_round(system.clone(), self.group, round, devices);
+            run_round(system.clone(), self.group, number, round, devices);
         }
     }
 
     /// Matches each send and receive with its counterpart, or leaves it to wait.
     fn post(self, system: &Arc<Shared>, held: Held) {
         let batch = Arc::new(PeerBatch {
-            ready: held.ready,
             command: WaitedFor::Command { stream: held.stream.id, sequence: held.sequence },
-            progress: Mutex::new(Progress {
-                left: self.parts.len(),
-                start: u64::MAX,
-                end: 0,
-                bytes: 0,
-            }),
+            progress: Mutex::new(Progress { left: self.parts.len(), pairs: Vec::new(), bytes: 0 }),
             held: Mutex::new(Some(held)),
         });
         let mut matched = Vec::new();
@@ -222,7 +215,13 @@ impl Submission {
 }
 
 /// Carries out a batch that every rank has arrived at.
-fn run_round(system: Arc<Shared>, group: Arc<Group>, round: Round, devices: Vec<DeviceId>) {
+fn run_round(
+    system: Arc<Shared>,
+    group: Arc<Group>,
+    number: u64,
+    round: Round,
+    devices: Vec<DeviceId>,
+) {
     let ranks: Vec<&[Part]> = round.arrivals.iter().map(|(_, _, parts)| &**parts).collect();
     let fail = |rank: usize, cause| {
         let origin = round.arrivals[rank].1.failure(cause);
@@ -237,17 +236,17 @@ fn run_round(system: Arc<Shared>, group: Arc<Group>, round: Round, devices: Vec<
             // Come back when the other command is done.
             Err(Obstacle::Busy) => {
                 let again = system.clone();
-                return system.pool.spawn(move || run_round(again, group, round, devices));
+                return system.pool.run(move || run_round(again, group, number, round, devices));
             }
             Err(Obstacle::Data(rank, text)) => Err(fail(rank, Cause::Data(text))),
         },
     };
     match exchanged {
         Ok(bytes) => {
-            let start = round.arrivals.iter().map(|(_, held, _)| held.ready).max().unwrap_or(0);
             let cost = total_cost(&system, ranks[0], &bytes, &devices);
+            let (key, size) = ((group.id.0, number), devices.len() as u32);
             for (_, held, _) in round.arrivals {
-                held.complete(start, cost);
+                held.complete(Step::Meet { key, size, cost }, cost);
             }
         }
         Err(origin) => {
@@ -293,9 +292,8 @@ fn run_pair(
     }
     if system.mode.functional() && copy(a, b).is_err() {
         let again = system.clone();
-        return system.pool.spawn(move || run_pair(again, group, (from, to), send, receive));
+        return system.pool.run(move || run_pair(again, group, (from, to), send, receive));
     }
-    let start = send.batch.ready.max(receive.batch.ready);
     let cost = match system.mode.timed() {
         true => system.cost.collective(
             &Exchanged { kind: CollectiveKind::Send, bytes: a.desc.bytes(), rows: 0 },
@@ -304,8 +302,10 @@ fn run_pair(
         ),
         false => Cost::NOTHING,
     };
-    send.batch.one_done(send.part, receive.batch.command, start, cost);
-    receive.batch.one_done(receive.part, send.batch.command, start, cost);
+    let number = system.next_pair.fetch_add(1, Ordering::Relaxed);
+    let key = (group.id.0, from as u32, to as u32, number);
+    send.batch.one_done(send.part, receive.batch.command, key, cost);
+    receive.batch.one_done(receive.part, send.batch.command, key, cost);
 }
 
 fn copy(src: &SimTensor, dst: &SimTensor) -> Result<(), BorrowError> {
@@ -324,7 +324,7 @@ fn span(t: &SimTensor, access: Access) -> Span<'_> {
 }
 
 impl PeerBatch {
-    fn one_done(&self, part: usize, counterpart: WaitedFor, start: u64, cost: Cost) {
+    fn one_done(&self, part: usize, counterpart: WaitedFor, key: PairKey, cost: Cost) {
         if part == 0
             && let Some(held) = &mut *self.held.lock()
         {
@@ -333,16 +333,15 @@ impl PeerBatch {
         let finished = {
             let mut progress = self.progress.lock();
             progress.left -= 1;
-            progress.start = progress.start.min(start);
-            progress.end = progress.end.max(start + cost.picos);
+            progress.pairs.push((key, cost.picos));
             progress.bytes += cost.bytes;
-            (progress.left == 0).then_some((progress.start, progress.end, progress.bytes))
+            (progress.left == 0).then(|| (std::mem::take(&mut progress.pairs), progress.bytes))
         };
-        if let Some((start, end, bytes)) = finished
+        if let Some((pairs, bytes)) = finished
             && let Some(held) = self.held.lock().take()
         {
             let bound = hal::trace::Bound::Link;
-            held.complete(start, Cost { picos: end - start, bytes, bound, ..Cost::NOTHING });
+            held.complete(Step::Pairs { pairs }, Cost { bytes, bound, ..Cost::NOTHING });
         }
     }
 }

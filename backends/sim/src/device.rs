@@ -78,6 +78,12 @@ impl DieState {
         self.streams.lock().get(id.index as usize)?.upgrade()
     }
 
+    /// Calls `f` with each stream that somebody still holds, in the order in which they were made.
+    pub(crate) fn each_stream(&self, f: impl Fn(&StreamShared)) {
+        let streams: Vec<_> = self.streams.lock().iter().filter_map(Weak::upgrade).collect();
+        streams.iter().for_each(|stream| f(stream));
+    }
+
     /// The receiver of traces, if there is one.
     pub(crate) fn trace(&self) -> Option<Arc<dyn TraceSink>> {
         self.tracing.load(Ordering::Acquire).then(|| self.trace.read().clone()).flatten()
@@ -289,6 +295,10 @@ impl Device for SimDevice {
             });
         }
         let die = self.die();
+        if self.shared.mode.timed() && die.trace().is_some() {
+            // The former receiver gets what has run by now.
+            self.shared.clock.play(&self.shared);
+        }
         die.tracing.store(sink.is_some(), Ordering::Release);
         *die.trace.write() = sink;
         Ok(())

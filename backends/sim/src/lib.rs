@@ -15,6 +15,7 @@
 //! That a card computes the same bits (it will differ by rounding), that it takes the predicted
 //! time (constants marked `assumed` are guesses), or that its runtime accepts the same calls.
 
+mod clock;
 mod collective;
 pub mod cost;
 mod device;

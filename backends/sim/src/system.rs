@@ -1,5 +1,6 @@
 //! A running machine: its dies, its worker threads and what they share.
 
+use crate::clock::SimClock;
 use crate::collective::Group;
 use crate::cost::{CostModel, TileModel};
 use crate::device::{DieState, SimDevice};
@@ -63,9 +64,28 @@ pub(crate) struct Shared {
     pub(crate) kernels: kernels::Context,
     pub(crate) pool: Workers,
     pub(crate) order: StreamOrder,
+    pub(crate) clock: SimClock,
+    /// Held while what streams have carried out is taken in, which must be in order.
+    settling: Mutex<()>,
     pub(crate) groups: Mutex<HashMap<CommunicatorId, Arc<Group>>>,
     pub(crate) next_communicator: AtomicU64,
+    /// Numbers of sends that have met their receives.
+    pub(crate) next_pair: AtomicU64,
     pub(crate) dies: Vec<DieState>,
+}
+
+/// How long to wait for workers, while other host threads give them more and more to do.
+const SETTLE: Duration = Duration::from_millis(100);
+
+impl Shared {
+    /// Waits until workers have carried out what they can, and takes in what has been carried out.
+    pub(crate) fn settle(&self) {
+        self.pool.wait_until_idle(crate::stream::SPIN, SETTLE);
+        let _in_order = self.settling.lock();
+        for die in &self.dies {
+            die.each_stream(|stream| stream.take_in());
+        }
+    }
 }
 
 impl System {
@@ -95,8 +115,11 @@ impl System {
             kernels: kernels::Context::new(threads),
             pool,
             order: StreamOrder::default(),
+            clock: SimClock::new(machine.dies() as usize),
+            settling: Mutex::default(),
             groups: Mutex::default(),
             next_communicator: AtomicU64::new(1),
+            next_pair: AtomicU64::new(0),
             dies,
             machine,
         };

@@ -3,8 +3,9 @@
 use parking_lot::{Condvar, Mutex};
 use std::ops::Deref;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A pool whose threads end with it. Whoever drops it joins them, unless that is one of them: a
 /// worker may be the last owner, for a moment after its last command. [`Threads`] then joins.
@@ -12,6 +13,28 @@ use std::time::Duration;
 pub(crate) struct Workers {
     pool: Option<rayon::ThreadPool>,
     threads: Arc<Threads>,
+    tasks: Arc<Tasks>,
+}
+
+/// How many tasks are queued or running.
+#[derive(Debug, Default)]
+struct Tasks {
+    count: AtomicUsize,
+    sleepers: Mutex<()>,
+    none: Condvar,
+}
+
+/// A task that counts until it is dropped.
+struct Task(Arc<Tasks>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        if self.0.count.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // Whoever has seen a task under this lock sleeps by now.
+            drop(self.0.sleepers.lock());
+            self.0.none.notify_all();
+        }
+    }
 }
 
 /// The threads of a pool, which outlive it by a moment.
@@ -42,7 +65,31 @@ impl Workers {
             .build()?;
         let state = Mutex::new(State { handles, told_to_end: false });
         let threads = Arc::new(Threads { state, told_to_end: Condvar::new() });
-        Ok(Workers { pool: Some(pool), threads })
+        Ok(Workers { pool: Some(pool), threads, tasks: Arc::default() })
+    }
+
+    /// Has a task carried out by a worker.
+    pub(crate) fn run(&self, work: impl FnOnce() + Send + 'static) {
+        self.tasks.count.fetch_add(1, Ordering::AcqRel);
+        let task = Task(self.tasks.clone());
+        self.spawn(move || {
+            // Before the work: what it holds may be the pool's last owner.
+            let _counts = task;
+            work();
+        });
+    }
+
+    /// Waits until there was a moment without tasks, or until the limit.
+    pub(crate) fn wait_until_idle(&self, spin: Duration, limit: Duration) {
+        let began = Instant::now();
+        let busy = || self.tasks.count.load(Ordering::Acquire) > 0;
+        while busy() && began.elapsed() < spin {
+            std::hint::spin_loop();
+        }
+        if busy() {
+            let mut sleepers = self.tasks.sleepers.lock();
+            self.tasks.none.wait_while_for(&mut sleepers, |()| busy(), limit);
+        }
     }
 
     /// What can be waited for when the pool is dropped.

@@ -230,7 +230,6 @@ fn back(die: &Die, group: &Arc<dyn Communicator>, hop: &Hop, from: &Rows, y: &Te
         row_offsets: from.offsets.clone(),
         out: out.clone(),
         expected_rows: 0,
-        expected_rows: 0,
         expected_copies: 0,
     });
     out
@@ -271,7 +270,6 @@ fn experts(die: &Die, rows: &Rows, first: usize, each: usize) -> Tensor {
         base: None,
         row_offsets: rows.offsets.clone(),
         out: out.clone(),
-        expected_rows: 0,
         expected_rows: 0,
         expected_copies: 0,
     });

@@ -95,10 +95,9 @@ impl Batch {
         [self, second]
     }
 
-    /// Fills up to a positive multiple of `multiple` with a sequence of its own, whose outcome is
-    /// nobody's: where ranks split tokens, or wait for each other's experts, each has some.
-    pub(super) fn pad(&mut self, multiple: usize, pages: &[u32]) {
-        let (len, full) = (self.len(), self.len().max(1).next_multiple_of(multiple));
+    /// Fills up to `full` tokens with a sequence of its own, whose outcome is nobody's.
+    pub(super) fn pad(&mut self, full: usize, pages: &[u32]) {
+        let len = self.len();
         if full == len {
             return;
         }

@@ -1,9 +1,10 @@
 //! What a plan takes of each die's memory, before anything is loaded.
 
-use super::program::{Module, ProgramKey, micro_batches, plan as plan_program};
+use super::program::{Module, ProgramKey, plan as plan_program};
+use super::shape::{Part, Sizes, micro_batches, tokens_of};
 use super::{EngineError, EngineOptions, rank::cached_layers};
 use crate::config::ModelConfig;
-use crate::graph::{Form, Graph, ModelInputs, Source, StepShape, Work};
+use crate::graph::{Form, Graph, ModelInputs, Source, Work};
 use crate::plan::{ParallelPlan, RankKinds, RankPlan};
 use crate::weights::{self, PlanOptions, WeightPlan};
 use serde::Serialize;
@@ -100,21 +101,16 @@ fn largest_workspace(
     options: EngineOptions,
 ) -> (u64, u64) {
     let tokens = options.prefill_chunk.min(options.max_model_len);
+    let sizes = Sizes::of(config, plan, options);
     let split = micro_batches(options.overlap, tokens);
-    let multiple = if rank.splits_tokens() { rank.tensor.size } else { 1 };
-    let tokens = tokens.div_ceil(split).next_multiple_of(multiple);
-    let shape = StepShape {
+    let tokens = sizes.filled_up(tokens_of(0, split, tokens));
+    let shape = sizes.shape(Part {
         tokens,
-        sequences: 1 + usize::from(multiple > 1),
+        sequences: 1 + usize::from(sizes.fills_up()),
         logit_rows: 1,
         form: Form::Expanded { keys: options.max_model_len.max(tokens) },
-        pages: pages(options, plan) + padding_pages(options, plan),
-        page_size: options.page_size,
-        max_pages: options.max_model_len.div_ceil(options.page_size),
-        vocabulary: config.vocab_size,
         expert_tokens: tokens * plan.options().data,
-        expert_capacity: options.expert_rows(config, plan, tokens),
-    };
+    });
     let key = ProgramKey { module: Module::Main, shapes: vec![shape; split] };
     let inputs = ModelInputs { config, numerics: options.numerics, rank, weights };
     // Without fused ops, whatever the device has: they only take values away.

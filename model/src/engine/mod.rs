@@ -8,6 +8,7 @@
 //! | a rank: die, streams, weights, cache | `rank.rs` |
 //! | a schedule bound to a rank's memory | `program.rs` |
 //! | which tokens go together, and what the host sends | `batch.rs` |
+//! | the sizes of a step | `shape.rs` |
 //! | one step on all ranks | `step.rs` |
 //! | failures: one origin, and everybody released | `failure.rs` |
 //! | pages of the KV cache | `cache.rs` |
@@ -21,6 +22,7 @@ mod memory;
 mod preview;
 mod program;
 mod rank;
+mod shape;
 mod step;
 
 pub use cache::{CacheFull, PagePool, Sequence};
@@ -85,18 +87,11 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
-    /// Rows of experts' buffers for a micro-batch of so many tokens on each tensor group; `None` for
-    /// the worst routing. Each token has `num_experts_per_tok` experts somewhere, and each of the
-    /// group's ranks gets its part.
-    pub fn expert_rows(
-        &self,
-        config: &ModelConfig,
-        plan: &ParallelPlan,
-        tokens: usize,
-    ) -> Option<usize> {
-        let factor = self.expert_capacity?;
-        let own = (tokens * config.num_experts_per_tok).div_ceil(plan.options().tensor);
-        Some(((own as f64 * factor).ceil() as usize).max(1))
+    /// Rows of experts' buffers for each token of a tensor group; `None` for the worst routing. Each
+    /// token has `num_experts_per_tok` experts somewhere, and each of the group's ranks gets its part.
+    pub fn expert_rows(&self, config: &ModelConfig, plan: &ParallelPlan) -> Option<f64> {
+        let own = config.num_experts_per_tok as f64 / plan.options().tensor as f64;
+        self.expert_capacity.map(|factor| own * factor)
     }
 }
 
@@ -409,6 +404,6 @@ impl Engine {
 
     /// Ids that have a token.
     fn vocabulary(&self) -> usize {
-        self.options.vocabulary.unwrap_or(self.config.vocab_size).min(self.config.vocab_size)
+        shape::vocabulary(&self.config, self.options)
     }
 }

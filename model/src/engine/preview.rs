@@ -1,10 +1,11 @@
 //! Steps without an engine: the graph and the schedule that a rank would run.
 
 use super::EngineOptions;
-use super::memory::{padding_pages, pages, plan_options};
-use super::program::{Module, ProgramKey, micro_batches, plan as plan_program};
+use super::memory::plan_options;
+use super::program::{Module, ProgramKey, plan as plan_program};
+use super::shape::{Part, Sizes, micro_batches, tokens_of};
 use crate::config::ModelConfig;
-use crate::graph::{Form, Graph, ModelInputs, StepShape};
+use crate::graph::{Form, Graph, ModelInputs};
 use crate::plan::ParallelPlan;
 use crate::schedule::Schedule;
 use crate::weights;
@@ -39,35 +40,26 @@ pub fn preview(
         StepKind::Decode { sequences } => sequences,
         StepKind::Prefill { tokens } => tokens,
     };
+    let sizes = Sizes::of(config, plan, options);
     let parts = micro_batches(options.overlap, tokens);
-    let multiple = if rank.splits_tokens() { rank.tensor.size } else { 1 };
     let shape = |part: usize| {
-        // The first half is the larger one.
-        let real = (tokens + parts - 1 - part) / parts;
-        let padded = real.max(1).next_multiple_of(multiple);
-        let sequences = match step {
-            StepKind::Decode { .. } => real,
-            StepKind::Prefill { .. } => 1,
+        let real = tokens_of(part, parts, tokens);
+        let padded = sizes.filled_up(real);
+        let last = part + 1 == parts;
+        let (sequences, logit_rows, form) = match step {
+            StepKind::Decode { .. } => (real, real, Form::Absorbed),
+            StepKind::Prefill { .. } => {
+                let keys = if part == 0 { padded } else { tokens.max(padded) };
+                (1, usize::from(last), Form::Expanded { keys })
+            }
         };
-        StepShape {
+        sizes.shape(Part {
             tokens: padded,
             sequences: sequences + usize::from(padded > real),
-            logit_rows: match step {
-                StepKind::Decode { .. } => real,
-                StepKind::Prefill { .. } => usize::from(part + 1 == parts),
-            },
-            form: match step {
-                StepKind::Decode { .. } => Form::Absorbed,
-                StepKind::Prefill { .. } if part == 0 => Form::Expanded { keys: padded },
-                StepKind::Prefill { .. } => Form::Expanded { keys: tokens.max(padded) },
-            },
-            pages: pages(options, plan) + padding_pages(options, plan),
-            page_size: options.page_size,
-            max_pages: options.max_model_len.div_ceil(options.page_size),
-            vocabulary: options.vocabulary.unwrap_or(config.vocab_size).min(config.vocab_size),
+            logit_rows,
+            form,
             expert_tokens: padded * plan.options().data,
-            expert_capacity: options.expert_rows(config, plan, padded),
-        }
+        })
     };
     let key = ProgramKey { module: Module::Main, shapes: (0..parts).map(shape).collect() };
     let inputs = ModelInputs { config, numerics: options.numerics, rank: &rank, weights: &weights };

@@ -1,7 +1,7 @@
 //! A schedule bound to a rank's memory: commands that are ready to submit, again and again.
 
 use super::rank::Rank;
-use super::{EngineError, EngineOptions, Overlap};
+use super::{EngineError, EngineOptions};
 use crate::config::ModelConfig;
 use crate::graph::{
     self, Form, Graph, Input, MicroBatch, ModelInputs, Output, Source, StepShape, ValueId, Work,
@@ -299,14 +299,6 @@ fn attention_batch(graph: &Graph, op: &Op<graph::Slot>) -> Option<MicroBatch> {
     match graph.value(starts.value).source {
         Source::Input(batch, _) => Some(batch),
         _ => Some(0),
-    }
-}
-
-/// How many micro-batches a step of so many tokens is split into.
-pub(super) fn micro_batches(overlap: Overlap, tokens: usize) -> usize {
-    match overlap {
-        Overlap::TwoBatch if tokens >= 2 => 2,
-        _ => 1,
     }
 }
 

@@ -1,7 +1,8 @@
 //! One step: new tokens of a batch of sequences go through the model, on every rank.
 
 use super::batch::{Batch, NewTokens};
-use super::program::{Module, Program, ProgramKey, micro_batches, read_tensor};
+use super::program::{Module, Program, ProgramKey, read_tensor};
+use super::shape::{Part, Sizes, micro_batches, tokens_of};
 use super::{Engine, EngineError, PagePool, Sequence};
 use crate::graph::{Form, MicroBatch, Output, StepShape};
 use crate::schedule::COMPUTE;
@@ -102,6 +103,25 @@ impl Engine {
             rest = later;
         }
         Ok(output)
+    }
+
+    /// Takes tokens into the caches of several sequences in one step, by MLA's expanded form.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::prefill`].
+    pub fn prefill_batch(
+        &mut self,
+        batch: &mut [(&mut Sequence, &[u32])],
+        wanted: Wanted,
+    ) -> Result<StepOutput, EngineError> {
+        for (sequence, tokens) in batch.iter() {
+            self.check_prompt(tokens)?;
+            self.check_room(sequence.len() + tokens.len())?;
+        }
+        let mut new: Vec<NewTokens<'_>> =
+            batch.iter_mut().map(|(sequence, tokens)| NewTokens { sequence, tokens }).collect();
+        Ok(self.step(&mut new, true, wanted)?.0)
     }
 
     /// One token each for a batch of sequences, by MLA's absorbed form.
@@ -207,12 +227,12 @@ impl Engine {
     /// Who takes part in a step, and with which tokens.
     fn batches(&self, module: Module, new: &[NewTokens<'_>], wanted: Wanted) -> Batches {
         let page_size = self.options.page_size;
-        let max_pages = self.options.max_model_len.div_ceil(page_size);
+        let sizes = self.sizes();
         let spread = self.plan.experts().is_some();
         let of = |data: usize| {
             let items = new.iter().enumerate();
             let items = items.filter(move |(_, item)| item.sequence.data_rank() == data);
-            Batch::of(items, page_size, max_pages, wanted == Wanted::AllLogits)
+            Batch::of(items, page_size, sizes.max_pages(), wanted == Wanted::AllLogits)
         };
         let all: Vec<(usize, Batch)> = (0..self.pools.len()).map(|data| (data, of(data))).collect();
         // Ranks that share experts run the same collectives, with or without tokens of their own.
@@ -225,19 +245,22 @@ impl Engine {
                     Module::Main => self.options.overlap,
                     Module::Mtp => super::Overlap::None,
                 };
-                let half = batch.len().div_ceil(2);
+                let half = tokens_of(0, 2, batch.len());
                 let mut parts = match micro_batches(overlap, tokens) {
                     2 => batch.split(half).to_vec(),
                     _ => vec![batch],
                 };
-                if spread {
-                    let multiple = self.plan.options().tensor;
-                    let padding = self.pools[data].padding();
-                    parts.iter_mut().for_each(|part| part.pad(multiple, padding));
+                let padding = self.pools[data].padding();
+                for part in &mut parts {
+                    part.pad(sizes.filled_up(part.len()), padding);
                 }
                 (data, parts)
             })
             .collect()
+    }
+
+    fn sizes(&self) -> Sizes {
+        Sizes::of(&self.config, &self.plan, self.options)
     }
 
     fn shape(
@@ -247,8 +270,7 @@ impl Engine {
         wanted: Wanted,
         expert_tokens: usize,
     ) -> StepShape {
-        let page_size = self.options.page_size;
-        StepShape {
+        self.sizes().shape(Part {
             tokens: batch.len(),
             sequences: batch.sequences(),
             logit_rows: match wanted {
@@ -256,13 +278,8 @@ impl Engine {
                 _ => batch.logit_rows().len(),
             },
             form: if expanded { Form::Expanded { keys: batch.keys() } } else { Form::Absorbed },
-            pages: self.cache_pages,
-            page_size,
-            max_pages: self.options.max_model_len.div_ceil(page_size),
-            vocabulary: self.vocabulary(),
             expert_tokens,
-            expert_capacity: self.options.expert_rows(&self.config, &self.plan, batch.len()),
-        }
+        })
     }
 
     fn run(

@@ -189,8 +189,9 @@ impl Lists {
     }
 }
 
-/// What values are placed by, where not by time.
+/// What lives are placed by, where not by time.
 type Key = (Reverse<u64>, Reverse<u64>, ValueId);
+type KeyOf = fn(&Life) -> Key;
 
 /// Plans the workspace by best fit, in several orders, and takes the smallest.
 pub(super) fn plan(graph: &Graph, accesses: &Accesses, order: &Order) -> Arena {
@@ -200,7 +201,7 @@ pub(super) fn plan(graph: &Graph, accesses: &Accesses, order: &Order) -> Arena {
     let mut later = None;
     // The order of time is good enough for most graphs; where several lanes keep values apart, other
     // orders may pack better: large ones first, or from the end of the graph.
-    let orders: [Option<fn(&Life) -> Key>; 3] = [
+    let orders: [Option<KeyOf>; 3] = [
         None,
         Some(|l| (Reverse(l.size), Reverse(l.last as u64), l.value)),
         Some(|l| (Reverse(l.last as u64), Reverse(l.size), l.value)),

@@ -19,7 +19,7 @@ pub fn fuse(mut graph: Graph, supports: &dyn Fn(&Op<TensorDesc>) -> bool) -> Gra
     // Nodes that are part of an earlier one now. They stay until all pairs are found, so that who
     // may move is still told by what stood between.
     let mut gone = vec![false; graph.nodes().len()];
-    for number in 0..gone.len() {
+    for (number, gone) in gone.iter_mut().enumerate() {
         if let Work::Op(Op::Quantize(quantize)) = &graph.nodes()[number].work
             && let Some(first) = writers[quantize.x.value.0 as usize]
             && let Some(op) = fusion.of_pair(&graph, first, number, quantize)
@@ -27,7 +27,7 @@ pub fn fuse(mut graph: Graph, supports: &dyn Fn(&Op<TensorDesc>) -> bool) -> Gra
             let node = graph.node_mut(first);
             node.label = [&node.label, " + quantise"].concat().into();
             node.work = Work::Op(op);
-            gone[number] = true;
+            *gone = true;
         }
         graph.nodes()[number].work.visit(|access, slot| {
             if access.writes() {

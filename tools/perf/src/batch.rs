@@ -98,7 +98,9 @@ pub(crate) fn micro_batches(
                 max_pages,
                 vocabulary: config.vocab_size,
                 expert_tokens: padded * plan.options().data,
-                expert_capacity: options.expert_rows(config, plan, padded),
+                expert_capacity: options
+                    .expert_rows(config, plan)
+                    .map(|each| ((padded as f64 * each).ceil() as usize).max(1)),
             };
             MicroBatch { shape, work }
         })

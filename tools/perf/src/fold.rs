@@ -8,6 +8,8 @@ use crate::routing::Loads;
 use hal::{DeviceId, DiePlacement, Topology};
 use model::config::ModelConfig;
 use model::plan::{Group, ParallelPlan, RankKinds, RankPlan};
+use sim::Machine;
+use sim::machine::LinkConstants;
 use std::collections::HashMap;
 
 /// One rank of each kind.
@@ -60,6 +62,12 @@ impl Folded {
     pub(crate) fn weight(&self, kind: u32) -> usize {
         self.of_rank.iter().filter(|&&k| k == kind).count()
     }
+}
+
+/// Dies, neighbours in number, that share a port of any kind.
+pub(crate) fn sharers(machine: &Machine) -> u32 {
+    let links = [&machine.link.on_card, &machine.link.in_host, &machine.link.network];
+    links.into_iter().flatten().map(LinkConstants::sharers).max().unwrap_or(1)
 }
 
 /// Patterns of groups, each worked out once.
@@ -116,14 +124,13 @@ mod tests {
     use crate::routing::Routing;
     use model::config::Preset;
     use model::plan::ParallelOptions;
-    use sim::Machine;
 
     fn kinds(machine: &str, options: ParallelOptions, routing: &Routing) -> usize {
         let config = Preset::DeepSeekV3.config();
         let plan = ParallelPlan::new(&config, options).unwrap();
         let machine = Machine::named(machine).unwrap().enlarged(plan.ranks() as u32).unwrap();
         let loads = routing.loads(&config, &plan).unwrap();
-        Folded::new(&config, &plan, &machine.topology(), 4, &loads).ranks.len()
+        Folded::new(&config, &plan, &machine.topology(), sharers(&machine), &loads).ranks.len()
     }
 
     #[test]
@@ -131,15 +138,15 @@ mod tests {
         let base = ParallelOptions::default();
         let ep = ParallelOptions { data: 32, expert: true, ..base };
         let (v, h) = ("va16", "h800");
-        assert_eq!(kinds(v, ParallelOptions { tensor: 32, ..base }, &Routing::Balanced), 1);
+        // Half a quantisation block each: even and odd ranks meet the blocks in two ways.
+        assert_eq!(kinds(v, ParallelOptions { tensor: 32, ..base }, &Routing::Balanced), 2);
         assert_eq!(kinds(h, ep, &Routing::Balanced), 1);
         let hops = ParallelOptions { ranks_per_node: Some(8), ..ep };
         assert_eq!(kinds(h, hops, &Routing::Balanced), 1);
-        // Stages differ; groups of three lie across cards in several ways.
-        assert_eq!(
-            kinds(v, ParallelOptions { tensor: 8, pipeline: 4, ..base }, &Routing::Balanced),
-            4
-        );
+        // Stages differ, and so does the place on the card of those that hand over; groups of three lie
+        // across cards in several ways.
+        let staged = ParallelOptions { tensor: 8, pipeline: 4, ..base };
+        assert_eq!(kinds(v, staged, &Routing::Balanced), 16);
         let odd = kinds(v, ParallelOptions { tensor: 3, data: 4, ..base }, &Routing::Balanced);
         assert!((3..=12).contains(&odd), "{odd}");
         let skewed = kinds(h, ep, &Routing::Zipf { s: 1.0, seed: 1 });

@@ -321,7 +321,7 @@ impl Meeting {
             let what = Exchanged { kind: CollectiveKind::Send, ..*part };
             let ends = [self.devices[from], self.devices[to]];
             let cost = costs.model.collective(&what, &ends, costs.topology);
-            open.push(((0, self.kinds[from], self.kinds[to], *own), cost));
+            open.push((([0, 0], self.kinds[from], self.kinds[to], *own), cost));
         }
         if let Some(&(_, cost)) = open.first() {
             let pairs = open.into_iter().map(|(key, cost)| (key, cost.picos)).collect();
@@ -334,7 +334,7 @@ impl Meeting {
         let model: &dyn CostModel = costs.model;
         let fresh = || model.batch(parts.iter().copied(), &self.devices, costs.topology);
         let cost = *known.entry((self.number, kind, bytes, rows)).or_insert_with(fresh);
-        let key = (self.number, self.count);
+        let key = ([0, self.number], self.count);
         (Step::Meet { key, size: self.size, cost }, cost)
     }
 }

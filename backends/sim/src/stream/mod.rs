@@ -11,6 +11,7 @@ mod work;
 
 pub(crate) use list::execute;
 pub(crate) use queue::{Held, Launch, StreamShared, Touch};
+pub(crate) use timeline::SPIN;
 pub(crate) use work::Work;
 
 use crate::collective::SimCommunicator;

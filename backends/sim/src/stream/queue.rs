@@ -4,17 +4,17 @@
 //! drains it until it is empty or held. No worker blocks, so that any number of streams runs on any
 //! number of threads.
 //!
-//! Simulated time travels with execution: a command starts when the one before it on its stream
-//! has ended, when what it waits for has ended, and when the host had issued it, whichever is
-//! last. Those are all known when it is its turn, so times depend on the program alone.
+//! A command that has been carried out is noted with what it costs and what it waited for. When it
+//! would have run, [`crate::clock`] works out when somebody asks.
 
-use super::timeline::Ends;
 use super::work::{Outcome, Work};
+use crate::clock::Carried;
 use crate::collective::Group;
 use crate::cost::Cost;
 use crate::device::DieState;
 use crate::memory::Memory;
 use crate::system::Shared;
+use crate::timeline::{Step, StreamIndex};
 use hal::fault::FaultAction;
 use hal::op::Access;
 use hal::trace::{CommandKind, Span, WaitedFor};
@@ -32,10 +32,15 @@ pub(crate) struct StreamShared {
     pub(crate) system: Arc<Shared>,
     pub(crate) id: StreamId,
     pub(crate) label: Arc<str>,
+    /// Its number on the clock.
+    pub(crate) index: StreamIndex,
     pub(super) queue: Mutex<Queue>,
     pub(super) reached: AtomicU64,
     pub(super) changed: Condvar,
 }
+
+/// Commands of a stream that are carried out before the clock works them out unasked.
+const MOST_CARRIED: u64 = 1 << 16;
 
 #[derive(Debug)]
 pub(super) struct Queue {
@@ -43,9 +48,12 @@ pub(super) struct Queue {
     pub(super) activity: Activity,
     submitted: u64,
     pub(super) failure: Option<Error>,
-    /// Simulated end of the last command.
-    now: u64,
-    pub(super) ends: Ends,
+    /// The sequence number of the last command that was carried out.
+    pub(super) completed: u64,
+    /// What has been carried out and not been taken in by the clock.
+    carried: Vec<Carried>,
+    /// Commands submitted when the clock last worked out everything by itself.
+    worked_out: u64,
     waiters: Vec<Waiter>,
     /// The lowest value that a host thread sleeps for.
     pub(super) host_waits_for: Option<u64>,
@@ -100,8 +108,7 @@ pub(crate) struct Held {
     pub(crate) sequence: u64,
     pub(crate) label: Label,
     kind: CommandKind,
-    /// When it could have started, by its own stream.
-    pub(crate) ready: u64,
+    issued: u64,
     delay: u64,
     /// The ranks that it meets, for traces.
     pub(crate) waited_for: Option<WaitedFor>,
@@ -229,6 +236,7 @@ impl From<Pending> for Finished {
 impl StreamShared {
     pub(crate) fn new(system: Arc<Shared>, id: StreamId, label: &str) -> Self {
         StreamShared {
+            index: system.clock.stream(id.device.0),
             system,
             id,
             label: label.into(),
@@ -237,8 +245,9 @@ impl StreamShared {
                 activity: Activity::Idle,
                 submitted: 0,
                 failure: None,
-                now: 0,
-                ends: Ends::default(),
+                completed: 0,
+                carried: Vec::new(),
+                worked_out: 0,
                 waiters: Vec::new(),
                 host_waits_for: None,
                 groups: Vec::new(),
@@ -282,7 +291,12 @@ impl StreamShared {
         launch: &Launch,
     ) -> Result<Admitted<'q>> {
         self.die().alive()?;
-        let queue = self.queue.lock();
+        let mut queue = self.queue.lock();
+        if queue.submitted >= queue.worked_out + MOST_CARRIED && self.timed() {
+            // A host that never looks must not fill its memory with what has been carried out.
+            queue.worked_out = queue.submitted;
+            MutexGuard::unlocked(&mut queue, || self.system.clock.play(&self.system));
+        }
         if let Some(failure) = &queue.failure {
             return Err(failure.clone());
         }
@@ -394,7 +408,7 @@ impl StreamShared {
     /// Asks a worker to drain the stream.
     fn schedule(self: &Arc<Self>) {
         let stream = self.clone();
-        self.system.pool.spawn(move || stream.drain());
+        self.system.pool.run(move || stream.drain());
     }
 
     /// Wakes a held stream, if `sequence` is what holds it.
@@ -455,7 +469,7 @@ impl StreamShared {
             }
             work => match work.run(&self.system) {
                 Outcome::Done(cost) => {
-                    self.finish(&pending.into(), cost, delay, 0);
+                    self.finish(&pending.into(), Step::Run(cost), cost, delay);
                     Flow::Continue
                 }
                 Outcome::Busy => {
@@ -482,10 +496,11 @@ impl StreamShared {
     ) -> Flow {
         let answer = target.queue.lock().passed(value);
         match answer {
-            Some(Ok(end)) => {
+            Some(Ok(())) => {
                 let waited_for = Some(WaitedFor::Command { stream: target.id, sequence: value });
                 let done = Finished { waited_for, ..pending.into() };
-                self.finish(&done, Cost::NOTHING, delay, end);
+                let step = Step::Wait { stream: target.index, value };
+                self.finish(&done, step, Cost::NOTHING, delay);
                 return Flow::Continue;
             }
             Some(Err(error)) => {
@@ -525,41 +540,38 @@ impl StreamShared {
             sequence: pending.sequence,
             label: pending.label.clone(),
             kind: pending.kind,
-            ready: queue.now.max(pending.issued),
+            issued: pending.issued,
             delay,
             waited_for: None,
         }
     }
 
-    /// A command has completed: time, traces, and whoever waits for it.
-    fn finish(&self, done: &Finished, cost: Cost, delay: u64, not_before: u64) {
+    /// A command has been carried out: what it costs, and whoever waits for it.
+    fn finish(&self, done: &Finished, step: Step, cost: Cost, delay: u64) {
         let mut queue = self.queue.lock();
         if queue.failure.is_some() {
             return;
         }
-        let start = queue.now.max(done.issued).max(not_before);
-        let end = start + cost.picos + delay;
-        // Before anybody can see the command completed: who has waited has the whole trace.
-        if self.timed()
-            && let Some(sink) = self.die().trace()
-        {
-            sink.record(&Span {
-                stream: self.id,
-                sequence: done.sequence,
-                kind: done.kind,
-                label: done.label.clone(),
-                clock: Clock::Simulated,
-                ready: queue.now.max(done.issued),
-                start,
-                end,
-                operations: cost.operations,
-                bytes: cost.bytes,
-                bound: cost.bound,
-                waited_for: done.waited_for,
+        if self.timed() {
+            let span = self.die().trace().map(|_| {
+                Box::new(Span {
+                    stream: self.id,
+                    sequence: done.sequence,
+                    kind: done.kind,
+                    label: done.label.clone(),
+                    clock: Clock::Simulated,
+                    ready: 0,
+                    start: 0,
+                    end: 0,
+                    operations: cost.operations,
+                    bytes: cost.bytes,
+                    bound: cost.bound,
+                    waited_for: done.waited_for,
+                })
             });
+            queue.carried.push(Carried { issued: done.issued, delay, step, span });
         }
-        queue.now = end;
-        queue.ends.push(end);
+        queue.completed = done.sequence;
         self.reached.store(done.sequence, Ordering::Release);
         let woken: Vec<Waiter> = if queue.waiters.is_empty() {
             Vec::new()
@@ -632,22 +644,30 @@ impl StreamShared {
         }
     }
 
+    /// Hands what has been carried out to the clock.
+    pub(crate) fn take_in(&self) {
+        let carried = std::mem::take(&mut self.queue.lock().carried);
+        if !carried.is_empty() {
+            self.system.clock.take_in(self.index, carried.into_iter());
+        }
+    }
+
     pub(crate) fn describe(&self) -> String {
         format!("stream {:?} on {}", self.label, self.id.device)
     }
 }
 
 impl Held {
-    /// Completes the command at `start + cost` and lets its stream go on.
-    pub(crate) fn complete(self, start: u64, cost: Cost) {
+    /// Completes the command.
+    pub(crate) fn complete(self, step: Step, cost: Cost) {
         let done = Finished {
             sequence: self.sequence,
             kind: self.kind,
             label: self.label.clone(),
-            issued: self.ready,
+            issued: self.issued,
             waited_for: self.waited_for,
         };
-        self.stream.finish(&done, cost, self.delay, start);
+        self.stream.finish(&done, step, cost, self.delay);
         self.stream.wake(self.sequence);
     }
 
@@ -659,5 +679,12 @@ impl Held {
     /// The failure of this command for this reason.
     pub(crate) fn failure(&self, cause: Cause) -> Error {
         self.stream.failure_of(self.sequence, self.kind, &self.label, cause)
+    }
+}
+
+impl Drop for StreamShared {
+    fn drop(&mut self) {
+        // Other streams may have met this one's collectives.
+        self.take_in();
     }
 }

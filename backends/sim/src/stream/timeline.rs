@@ -3,53 +3,17 @@
 use super::queue::{Activity, Brief, Queue, StreamShared};
 use hal::{Clock, Error, Result, StreamId, Timeline, Timestamp};
 use std::any::Any;
-use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How many completion times a stream remembers beyond those that the host has not seen.
-const REMEMBERED: usize = 1 << 16;
-
 /// How long a host wait spins before it sleeps: about what going to sleep and waking costs.
-const SPIN: Duration = Duration::from_micros(30);
-
-/// Completion times of a stream's commands, oldest first.
-#[derive(Debug, Default)]
-pub(super) struct Ends {
-    /// Sequence number of the first one kept.
-    first: u64,
-    times: VecDeque<u64>,
-    /// The host has synchronised with this value.
-    seen: u64,
-}
-
-impl Ends {
-    pub(super) fn push(&mut self, end: u64) {
-        if self.times.is_empty() && self.first == 0 {
-            self.first = 1;
-        }
-        self.times.push_back(end);
-        while self.times.len() > REMEMBERED && self.first < self.seen {
-            self.times.pop_front();
-            self.first += 1;
-        }
-    }
-
-    /// The last sequence number completed.
-    pub(super) fn last(&self) -> u64 {
-        (self.first + self.times.len() as u64).saturating_sub(1)
-    }
-
-    pub(super) fn get(&self, sequence: u64) -> Option<u64> {
-        self.times.get(sequence.checked_sub(self.first)? as usize).copied()
-    }
-}
+pub(crate) const SPIN: Duration = Duration::from_micros(30);
 
 impl Queue {
-    /// Whether `value` was reached, and when; or the failure because of which it never will be.
-    pub(super) fn passed(&self, value: u64) -> Option<Result<u64>> {
-        if self.ends.last() >= value {
-            return Some(Ok(self.ends.get(value).unwrap_or(0)));
+    /// Whether `value` was reached; or the failure because of which it never will be.
+    pub(super) fn passed(&self, value: u64) -> Option<Result<()>> {
+        if self.completed >= value {
+            return Some(Ok(()));
         }
         self.failure.clone().map(Err)
     }
@@ -90,12 +54,13 @@ impl StreamShared {
         let mut queue = self.queue.lock();
         loop {
             match queue.passed(value) {
-                Some(Ok(end)) => {
-                    queue.ends.seen = queue.ends.seen.max(value);
+                Some(Ok(())) => {
                     drop(queue);
                     if self.timed() {
+                        let end = self.system.clock.end(self, value).unwrap_or(0);
                         let known = end + self.system.cost.host_sync();
                         self.die().host_clock.fetch_max(known, Ordering::Relaxed);
+                        self.system.clock.seen(self.index, value);
                     }
                     self.system.order.host_synchronized(self.id, value);
                     return Ok(());
@@ -144,7 +109,8 @@ impl Timeline for StreamShared {
         }
         let picos = match value {
             0 => 0,
-            _ => self.queue.lock().ends.get(value)?,
+            _ if self.reached.load(Ordering::Acquire) < value => return None,
+            _ => self.system.clock.end(self, value)?,
         };
         Some(Timestamp { clock: Clock::Simulated, picos })
     }

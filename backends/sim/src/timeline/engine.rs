@@ -10,10 +10,10 @@ use std::collections::{BinaryHeap, HashMap, VecDeque};
 pub struct StreamIndex(pub u32);
 
 /// A collective that several streams take part in: the group, and which one of the group it is.
-pub type MeetKey = (u64, u64);
+pub type MeetKey = ([u64; 2], u64);
 
 /// A send and its receive: the group, sender and receiver, and which one of theirs it is.
-pub type PairKey = (u64, u32, u32, u64);
+pub type PairKey = ([u64; 2], u32, u32, u64);
 
 /// A command, as far as time is concerned.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,6 +51,8 @@ pub struct Done {
     pub stream: StreamIndex,
     /// Its place there, from 1.
     pub value: u64,
+    /// Picoseconds when its own stream was ready for it, and the host had issued it.
+    pub ready: u64,
     /// Picoseconds when it began: for a collective, when all ranks were ready; for sends and
     /// receives, when both sides of the first one were.
     pub start: u64,
@@ -115,8 +117,9 @@ struct Job {
     updated: u64,
     rate: u64,
     version: u64,
-    /// Extra picoseconds after it, by member: delays that fault rules add.
-    delays: Vec<u64>,
+    /// Of each member, when its stream was ready, and extra picoseconds after it: delays that fault
+    /// rules add.
+    arrivals: Vec<(u64, u64)>,
 }
 
 #[derive(Debug, Default)]
@@ -124,9 +127,6 @@ struct Meeting {
     arrived: Vec<(StreamIndex, u64, u64)>,
     cost: Option<Cost>,
 }
-
-/// Ends of commands that a stream remembers.
-const REMEMBERED: usize = 1 << 16;
 
 impl Timeline {
     /// A timeline of so many dies.
@@ -181,6 +181,35 @@ impl Timeline {
         true
     }
 
+    /// Begins every collective and transfer that waits for others with those who are there: the others
+    /// have failed. Says whether there were any.
+    pub fn give_up_on_others(&mut self) -> bool {
+        let mut keys: Vec<MeetKey> = self.meets.keys().copied().collect();
+        keys.sort_unstable();
+        keys.iter().for_each(|&key| self.begin(key));
+        let mut pairs: Vec<_> = self.pairs.drain().collect();
+        pairs.sort_unstable();
+        for (_, (stream, ready, picos)) in &pairs {
+            let (open, began, ended) = &mut self.streams[stream.0 as usize].open;
+            (*open, *began) = (*open - 1, (*began).min(*ready));
+            *ended = (*ended).max(ready + picos);
+        }
+        for (_, (stream, ..)) in &pairs {
+            if self.pairs_ended(*stream) {
+                self.advance(*stream);
+            }
+        }
+        !keys.is_empty() || !pairs.is_empty()
+    }
+
+    /// Forgets the ends of a stream's commands before this one.
+    pub fn forget_before(&mut self, stream: StreamIndex, value: u64) {
+        let s = &mut self.streams[stream.0 as usize];
+        let first = s.ended + 1 - s.ends.len() as u64;
+        let gone = value.saturating_sub(first).min(s.ends.len() as u64);
+        s.ends.drain(..gone as usize);
+    }
+
     /// Plays all that can be played.
     pub fn play(&mut self) {
         while self.next() {}
@@ -215,9 +244,9 @@ impl Timeline {
             s.busy = true;
             let ready = s.now.max(issued);
             match step {
-                Step::Run(cost) if cost.picos == 0 => self.ends(index, ready, ready + delay),
+                Step::Run(cost) if cost.picos == 0 => self.ends(index, ready, ready, ready + delay),
                 Step::Run(cost) => {
-                    let job = self.job(vec![index], cost, ready, vec![delay]);
+                    let job = self.job(vec![index], cost, ready, vec![(ready, delay)]);
                     self.agenda.push(Reverse((ready, Event::Start { job })));
                     return;
                 }
@@ -230,7 +259,7 @@ impl Timeline {
                         return;
                     }
                     let at = self.end(stream, value).unwrap_or(0).max(ready);
-                    self.ends(index, ready, at + delay);
+                    self.ends(index, ready, at, at + delay);
                 }
                 Step::Meet { key, size, cost } => {
                     self.meet(index, key, size, cost, ready, delay);
@@ -260,15 +289,19 @@ impl Timeline {
         if meeting.cost.is_none_or(|known| known.picos < cost.picos) {
             meeting.cost = Some(cost);
         }
-        if meeting.arrived.len() < size as usize {
-            return;
+        if meeting.arrived.len() >= size as usize {
+            self.begin(key);
         }
+    }
+
+    /// Begins a collective with those who are there.
+    fn begin(&mut self, key: MeetKey) {
         let Some(Meeting { mut arrived, cost }) = self.meets.remove(&key) else { return };
         arrived.sort_unstable_by_key(|&(stream, ..)| stream);
-        let start = arrived.iter().map(|&(_, ready, _)| ready).max().unwrap_or(ready);
+        let start = arrived.iter().map(|&(_, ready, _)| ready).max().unwrap_or(0);
         let members: Vec<_> = arrived.iter().map(|&(stream, ..)| stream).collect();
-        let delays = arrived.iter().map(|&(.., delay)| delay).collect();
-        let job = self.job(members, cost.unwrap_or(Cost::NOTHING), start, delays);
+        let arrivals = arrived.iter().map(|&(_, ready, delay)| (ready, delay)).collect();
+        let job = self.job(members, cost.unwrap_or(Cost::NOTHING), start, arrivals);
         self.agenda.push(Reverse((start, Event::Start { job })));
     }
 
@@ -282,7 +315,7 @@ impl Timeline {
     ) -> bool {
         let s = &mut self.streams[index.0 as usize];
         s.open = (pairs.len(), u64::MAX, ready);
-        // Until all are known, the delay is kept with the command.
+        // Until all are known, they are kept with the command.
         s.pending.push_front((ready, delay, Step::Pairs { pairs: Vec::new() }));
         let mut others = Vec::new();
         for &(key, picos) in pairs {
@@ -310,25 +343,22 @@ impl Timeline {
     fn pairs_ended(&mut self, index: StreamIndex) -> bool {
         let s = &mut self.streams[index.0 as usize];
         let (0, start, end) = s.open else { return false };
-        let Some((_, delay, Step::Pairs { .. })) = s.pending.front() else { return false };
-        let delay = *delay;
+        let Some((ready, delay, Step::Pairs { .. })) = s.pending.front() else { return false };
+        let (ready, delay) = (*ready, *delay);
         s.pending.pop_front();
-        self.ends(index, start.min(end), end + delay);
+        self.ends(index, ready, start.min(end), end + delay);
         true
     }
 
     /// A command has ended: its stream may go on.
-    fn ends(&mut self, index: StreamIndex, start: u64, end: u64) {
+    fn ends(&mut self, index: StreamIndex, ready: u64, start: u64, end: u64) {
         let s = &mut self.streams[index.0 as usize];
         s.busy = false;
         s.now = end;
         s.ended += 1;
         s.ends.push_back(end);
-        if s.ends.len() > REMEMBERED {
-            s.ends.pop_front();
-        }
         let value = s.ended;
-        self.done.push(Done { stream: index, value, start, end });
+        self.done.push(Done { stream: index, value, ready, start, end });
         if s.waiters.is_empty() {
             return;
         }
@@ -344,7 +374,7 @@ impl Timeline {
         members: Vec<StreamIndex>,
         cost: Cost,
         start: u64,
-        delays: Vec<u64>,
+        arrivals: Vec<(u64, u64)>,
     ) -> JobIndex {
         let index = self.free.pop().unwrap_or_else(|| {
             self.jobs.push(Job::default());
@@ -353,7 +383,7 @@ impl Timeline {
         let job = &mut self.jobs[index];
         job.limits.clear();
         job.limits.resize(members.len(), FULL);
-        (job.members, job.delays) = (members, delays);
+        (job.members, job.arrivals) = (members, arrivals);
         job.shares = cost.shares;
         (job.start, job.updated, job.rate) = (start, start, 0);
         job.left = u128::from(cost.picos) * u128::from(FULL);
@@ -375,7 +405,7 @@ impl Timeline {
         let job = &mut self.jobs[index];
         job.version += 1;
         let (start, members) = (job.start, std::mem::take(&mut job.members));
-        let delays = std::mem::take(&mut job.delays);
+        let arrivals = std::mem::take(&mut job.arrivals);
         for stream in &members {
             let die = self.streams[stream.0 as usize].die;
             self.dies[die as usize].retain(|&other| other != index);
@@ -384,8 +414,8 @@ impl Timeline {
         self.share(index, time);
         let members = std::mem::take(&mut self.jobs[index].members);
         self.free.push(index);
-        for (&stream, delay) in members.iter().zip(delays) {
-            self.ends(stream, start, time + delay);
+        for (&stream, (ready, delay)) in members.iter().zip(arrivals) {
+            self.ends(stream, ready, start, time + delay);
         }
         for stream in members {
             self.advance(stream);
