@@ -1,5 +1,6 @@
 //! Errors: what a caller could not foresee, what it did wrong, and which command was the origin.
 
+use crate::trace::WaitedFor;
 use crate::{DeviceId, Label, StreamId};
 use std::fmt;
 use std::sync::Arc;
@@ -41,8 +42,10 @@ pub enum Error {
         waiting_for: String,
         /// How long the caller was ready to wait.
         after: Duration,
-        /// What the stream's oldest unfinished command is, and what it waits for.
+        /// What the stream's oldest unfinished command is, and what it waits for, in words.
         pending: String,
+        /// The same as data; `None` where the device has no more than words.
+        stuck: Option<Arc<Stuck>>,
     },
     /// The device cannot run this op with these operands; [`crate::Device::supports`] says so too.
     #[error("{device} does not support {op}: {reason}")]
@@ -98,6 +101,22 @@ impl Error {
             _ => None,
         }
     }
+}
+
+/// The oldest unfinished command of a stream that a host wait gave up on.
+#[derive(Clone, Debug)]
+pub struct Stuck {
+    /// The stream.
+    pub stream: StreamId,
+    /// Its sequence number on the stream.
+    pub sequence: u64,
+    /// What kind of command it is.
+    pub op: &'static str,
+    /// The label that it was submitted with.
+    pub label: Label,
+    /// Whom it waits for; `None` if nobody keeps it but itself. For sends and receives whose
+    /// counterpart has not come it is the communicator's round 0.
+    pub waits_for: Option<WaitedFor>,
 }
 
 /// A rule of the contract that the caller broke: shape, dtype, alignment, lifetime, order.

@@ -55,7 +55,7 @@ pub use collective::{
 };
 pub use device::{Clock, Device, DeviceId, DeviceProperties, MemoryInfo, Support};
 pub use dtype::DType;
-pub use error::{Cause, Error, Failure, Result, UsageError};
+pub use error::{Cause, Error, Failure, Result, Stuck, UsageError};
 pub use list::{CommandList, Entry, ListAction, ListError, ListPoints, WaitFor};
 pub use null::NullDevice;
 pub use op::{Op, OpKind};

@@ -137,6 +137,11 @@ impl Group {
 }
 
 impl Submission {
+    /// Whom it waits for where it is the head of its stream.
+    pub(crate) fn waits_for(&self) -> WaitedFor {
+        WaitedFor::Ranks { communicator: self.group.id, round: self.round.unwrap_or(0) }
+    }
+
     /// The batch has become the head of its stream.
     pub(crate) fn arrive(self, held: Held) {
         let system = held.stream.system.clone();
@@ -147,7 +152,7 @@ impl Submission {
     }
 
     fn arrive_at_round(self, system: &Arc<Shared>, number: u64, mut held: Held) {
-        held.waited_for = Some(WaitedFor::Ranks { communicator: self.group.id, round: number });
+        held.waited_for = Some(self.waits_for());
         let complete = {
             let mut state = self.group.state.lock();
             if let Some(failure) = state.failure.clone() {

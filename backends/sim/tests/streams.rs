@@ -5,6 +5,7 @@ mod common;
 use common::{SOON, die, floats, read, system};
 use hal::fault::FaultPlan;
 use hal::op::Add;
+use hal::trace::WaitedFor;
 use hal::{DType, Error, Op, Tensor};
 use sim::Mode;
 use std::sync::Arc;
@@ -133,9 +134,18 @@ fn a_hang_times_out_and_says_what_hangs() {
     b.wait(&a.point()).unwrap();
     let error = b.synchronize(Duration::from_millis(50)).unwrap_err();
     let text = error.to_string();
-    assert!(matches!(error, Error::Timeout { .. }), "{text}");
+    let stuck = |error: &Error| match error {
+        Error::Timeout { stuck: Some(stuck), .. } => {
+            (stuck.stream, stuck.sequence, stuck.op, stuck.waits_for)
+        }
+        other => panic!("{other}"),
+    };
+    let a_fill = WaitedFor::Command { stream: a.id(), sequence: 1 };
+    assert_eq!(stuck(&error), (b.id(), 1, "wait", Some(a_fill)));
     assert!(text.contains("waits for command 1 of stream \"a\""), "{text}");
-    let text = a.synchronize(Duration::from_millis(50)).unwrap_err().to_string();
+    let error = a.synchronize(Duration::from_millis(50)).unwrap_err();
+    assert_eq!(stuck(&error), (a.id(), 1, "fill", None), "nobody keeps it but itself");
+    let text = error.to_string();
     assert!(text.contains("hangs by a fault rule"), "{text}");
 }
 

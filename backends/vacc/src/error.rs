@@ -101,6 +101,8 @@ impl Runtime {
                 waiting_for: words,
                 after: std::time::Duration::ZERO,
                 pending: detail,
+                // The ABI has no more than words.
+                stuck: None,
             },
             status::DEVICE_LOST => Error::Lost { device, reason: words.into() },
             status::FAILED => Error::Failed(Arc::new(failure_of(told, words))),

@@ -68,9 +68,9 @@ impl StreamShared {
     ) -> Result<()> {
         self.device.drain_trace();
         result.map_err(|error| match error {
-            Error::Timeout { waiting_for, pending, .. } => {
+            Error::Timeout { waiting_for, pending, stuck, .. } => {
                 let waiting_for = if waiting_for.is_empty() { what() } else { waiting_for };
-                Error::Timeout { waiting_for, after: timeout, pending }
+                Error::Timeout { waiting_for, after: timeout, pending, stuck }
             }
             other => other,
         })

@@ -37,8 +37,12 @@ impl Engine {
             lanes.map(move |point| (rank, point))
         });
         let pending = pending.filter_map(|(rank, point)| match point.synchronize(Duration::ZERO) {
-            Err(hal::Error::Timeout { pending, .. }) => {
-                let waits = pending.contains("waits for");
+            Err(hal::Error::Timeout { pending, stuck, .. }) => {
+                let waits = match stuck {
+                    Some(stuck) => stuck.waits_for.is_some(),
+                    // Through the C ABI there are words alone.
+                    None => pending.contains("waits for"),
+                };
                 Some((waits, point.timeline().reached(), rank.device.properties().id, pending))
             }
             _ => None,

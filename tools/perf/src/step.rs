@@ -3,7 +3,7 @@
 use crate::batch::{Module, micro_batches};
 use crate::breakdown::{Breakdown, Sums};
 use crate::floor::Floor;
-use crate::fold::Folded;
+use crate::fold::{Folded, sharers};
 use crate::play::{Costs, Played, Program, play};
 use crate::repeat::{self, Repeated, Shortened};
 use crate::routing::RoutingError;
@@ -210,11 +210,8 @@ impl Estimator {
             ..*options
         };
         let loads = workload.routing.loads(config, plan)?;
-        let shared =
-            [&self.machine.link.on_card, &self.machine.link.in_host, &self.machine.link.network];
-        let shared = shared.into_iter().flatten().map(|l| l.sharers()).max().unwrap_or(1);
         let folded = match folding.ranks {
-            true => Folded::new(config, plan, &self.topology, shared, &loads),
+            true => Folded::new(config, plan, &self.topology, sharers(&self.machine), &loads),
             false => Folded::none(plan),
         };
         let costs = Costs {

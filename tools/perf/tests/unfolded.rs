@@ -25,6 +25,28 @@ struct Case {
     phase: Phase,
 }
 
+#[test]
+#[ignore]
+fn debug() {
+    let mixed = ParallelOptions { tensor: 4, data: 4, expert: true, ..NONE };
+    for (overlap, batch) in
+        [(Overlap::None, 8), (Overlap::None, 6), (Overlap::TwoBatch, 8), (Overlap::TwoBatch, 6)]
+    {
+        let case = Case {
+            machine: "h800",
+            plan: mixed,
+            overlap,
+            eager: false,
+            phase: Phase::Decode { batch, kv: 90 },
+        };
+        println!(
+            "{overlap:?} {batch} {} {}",
+            estimated(&case, Folding::default(), Routing::Balanced),
+            simulated(&case)
+        );
+    }
+}
+
 fn cases() -> Vec<Case> {
     let case = |machine, plan, overlap, phase| Case { machine, plan, overlap, eager: false, phase };
     let (plain, two) = (Overlap::None, Overlap::TwoBatch);

@@ -78,11 +78,18 @@ pub(super) struct Brief {
     pub(super) sequence: u64,
     pub(super) kind: CommandKind,
     pub(super) label: Label,
-    pub(super) waits_for: Option<String>,
+    pub(super) waits_for: Option<Blocker>,
+}
+
+/// What keeps a command: as data, and in words.
+#[derive(Clone, Debug)]
+pub(super) struct Blocker {
+    pub(super) who: WaitedFor,
+    pub(super) words: String,
 }
 
 impl Brief {
-    pub(super) fn of(pending: &Pending, waits_for: Option<String>) -> Self {
+    pub(super) fn of(pending: &Pending, waits_for: Option<Blocker>) -> Self {
         let Pending { sequence, kind, label, .. } = pending;
         Brief { sequence: *sequence, kind: *kind, label: label.clone(), waits_for }
     }
@@ -463,7 +470,7 @@ impl StreamShared {
         match std::mem::replace(&mut pending.work, Work::Nothing) {
             Work::Wait { target, value } => self.execute_wait(pending, target, value, delay),
             Work::Collective(collective) => {
-                let held = self.hold(&pending, delay);
+                let held = self.hold(&pending, delay, collective.waits_for());
                 collective.arrive(held);
                 Flow::Stop
             }
@@ -512,7 +519,9 @@ impl StreamShared {
         // Back into the queue, to be asked again when the target wakes this stream. Never two
         // queues locked at once: two streams may wait for each other's past.
         let sequence = pending.sequence;
-        let waits_for = Some(format!("command {value} of {}", target.describe()));
+        let who = WaitedFor::Command { stream: target.id, sequence: value };
+        let words = format!("command {value} of {}", target.describe());
+        let waits_for = Some(Blocker { who, words });
         let brief = Brief::of(&pending, waits_for);
         pending.work = Work::Wait { target: target.clone(), value };
         {
@@ -531,9 +540,9 @@ impl StreamShared {
     }
 
     /// Hands the head of the stream to a collective.
-    fn hold(self: &Arc<Self>, pending: &Pending, delay: u64) -> Held {
+    fn hold(self: &Arc<Self>, pending: &Pending, delay: u64, who: WaitedFor) -> Held {
         let mut queue = self.queue.lock();
-        let waits_for = Some("the other ranks".to_string());
+        let waits_for = Some(Blocker { who, words: "the other ranks".to_string() });
         queue.activity = Activity::Held(Brief::of(pending, waits_for));
         Held {
             stream: self.clone(),

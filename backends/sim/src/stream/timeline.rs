@@ -1,8 +1,9 @@
 //! How far a stream has come: completion times, host waits, and the [`Timeline`] that callers see.
 
-use super::queue::{Activity, Brief, Queue, StreamShared};
-use hal::{Clock, Error, Result, StreamId, Timeline, Timestamp};
+use super::queue::{Activity, Blocker, Brief, Queue, StreamShared};
+use hal::{Clock, Error, Result, StreamId, Stuck, Timeline, Timestamp};
 use std::any::Any;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -20,14 +21,18 @@ impl Queue {
 }
 
 impl StreamShared {
-    /// What the stream is doing, for a timeout's message.
-    fn pending_text(queue: &Queue) -> String {
+    /// The oldest unfinished command, unless a worker has it in hand.
+    fn oldest(queue: &Queue) -> Option<Brief> {
         let next = queue.pending.front().map(|p| Brief::of(p, None));
-        let brief = match &queue.activity {
+        match &queue.activity {
             Activity::Held(brief) | Activity::Hung(brief) => Some(brief.clone()),
             _ => next,
-        };
-        match brief {
+        }
+    }
+
+    /// What the stream is doing, for a timeout's message.
+    fn pending_text(queue: &Queue, oldest: Option<&Brief>) -> String {
+        match oldest {
             None => "its last command is still running".to_string(),
             Some(Brief { sequence, kind, label, waits_for }) => {
                 let mut text = format!(
@@ -37,12 +42,19 @@ impl StreamShared {
                 if matches!(queue.activity, Activity::Hung(_)) {
                     text += ", which hangs by a fault rule";
                 }
-                if let Some(what) = waits_for {
-                    text += &format!(", which waits for {what}");
+                if let Some(Blocker { words, .. }) = waits_for {
+                    text += &format!(", which waits for {words}");
                 }
                 text
             }
         }
+    }
+
+    /// The same as data.
+    fn stuck(&self, oldest: Brief) -> Stuck {
+        let Brief { sequence, kind, label, waits_for } = oldest;
+        let waits_for = waits_for.map(|blocker| blocker.who);
+        Stuck { stream: self.id, sequence, op: kind.name(), label, waits_for }
     }
 
     /// Blocks the host until `value` is reached, and moves the host's clock to then.
@@ -70,10 +82,12 @@ impl StreamShared {
             }
             let left = timeout.saturating_sub(began.elapsed());
             if left.is_zero() {
+                let oldest = Self::oldest(&queue);
                 return Err(Error::Timeout {
                     waiting_for: format!("command {value} of {}", self.describe()),
                     after: timeout,
-                    pending: Self::pending_text(&queue),
+                    pending: Self::pending_text(&queue, oldest.as_ref()),
+                    stuck: oldest.map(|oldest| Arc::new(self.stuck(oldest))),
                 });
             }
             queue.host_waits_for = Some(queue.host_waits_for.map_or(value, |v| v.min(value)));

@@ -6,6 +6,7 @@ use crate::lab::{BRIEFLY, Lab, SOON, Verdict, ensure, equal, is, refused, timeou
 use crate::run::Case;
 use crate::stuck::Stuck;
 use hal::Error;
+use hal::trace::WaitedFor;
 use std::time::Duration;
 
 pub(super) fn add_cases(all: &mut Vec<Case>) {
@@ -30,12 +31,22 @@ fn released(stuck: &Stuck) -> Verdict {
 fn times_out(lab: &Lab) -> Verdict {
     let stuck = Stuck::new(lab)?;
     match refused("waiting", stuck.stream.synchronize(BRIEFLY))? {
-        Error::Timeout { waiting_for, after, pending } => {
+        Error::Timeout { waiting_for, after, pending, stuck: told } => {
             equal("how long was waited", after, BRIEFLY)?;
             ensure(!waiting_for.is_empty(), || "it does not say what was waited for".into())?;
             ensure(pending.contains("all_reduce") && pending.contains("late sum"), || {
                 format!("it does not name the all_reduce and its label: {pending}")
             })?;
+            // Not every device has more than words; what it has must be right.
+            if let Some(told) = told {
+                let (op, label) = (told.op, told.label.as_str());
+                equal("what is stuck", (op, label), ("all_reduce", "late sum"))?;
+                equal("the stream", told.stream, stuck.stream.id())?;
+                equal("the command", told.sequence, stuck.stream.point().value())?;
+                ensure(matches!(told.waits_for, Some(WaitedFor::Ranks { .. })), || {
+                    format!("it does not wait for ranks: {:?}", told.waits_for)
+                })?;
+            }
         }
         other => return Err(format!("expected Timeout, got: {other}").into()),
     }
