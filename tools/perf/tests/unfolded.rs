@@ -25,28 +25,6 @@ struct Case {
     phase: Phase,
 }
 
-#[test]
-#[ignore]
-fn debug() {
-    let mixed = ParallelOptions { tensor: 4, data: 4, expert: true, ..NONE };
-    for (overlap, batch) in
-        [(Overlap::None, 8), (Overlap::None, 6), (Overlap::TwoBatch, 8), (Overlap::TwoBatch, 6)]
-    {
-        let case = Case {
-            machine: "h800",
-            plan: mixed,
-            overlap,
-            eager: false,
-            phase: Phase::Decode { batch, kv: 90 },
-        };
-        println!(
-            "{overlap:?} {batch} {} {}",
-            estimated(&case, Folding::default(), Routing::Balanced),
-            simulated(&case)
-        );
-    }
-}
-
 fn cases() -> Vec<Case> {
     let case = |machine, plan, overlap, phase| Case { machine, plan, overlap, eager: false, phase };
     let (plain, two) = (Overlap::None, Overlap::TwoBatch);
@@ -115,9 +93,9 @@ fn simulated(case: &Case) -> u64 {
             // Two steps: the second one begins where the first one ended. It sees kv keys.
             let cached = vec![5; kv - 2];
             let mut before = 0;
-            for sequence in &mut all {
-                engine.prefill(sequence, &cached, Wanted::Greedy).unwrap();
-            }
+            // Together: ranks that begin out of step may stay so.
+            let mut first: Vec<_> = all.iter_mut().map(|s| (s, &cached[..])).collect();
+            engine.prefill_batch(&mut first, Wanted::Greedy).unwrap();
             let mut last = 0;
             for _ in 0..2 {
                 before = last;
@@ -165,7 +143,6 @@ fn folding_changes_nothing_under_skewed_routing_either() {
         let folded = estimated(case, Folding::default(), skewed());
         let whole = estimated(case, Folding { ranks: false, layers: false }, skewed());
         assert_eq!(folded, whole, "case {number}");
-        assert!(folded > estimated(case, Folding::default(), Routing::Balanced));
     }
 }
 
