@@ -18,3 +18,6 @@ mod share;
 
 pub use engine::{Done, MeetKey, PairKey, Step, StreamIndex, Timeline};
 pub use share::{Resource, Shares};
+
+#[cfg(test)]
+mod tests;
