@@ -4,8 +4,8 @@
 //! A tile of [`ROWS`] weight rows and up to [`TOKENS`] tokens keeps its sums in registers. Work is
 //! split over weight rows only, so that no sum is ever split.
 
-use super::number::{Float, decode_e4m3};
-use super::simd::{Element, LANES, for_vectors, kernel, tail, vector};
+use super::number::{E4M3_VALUES, Float};
+use super::simd::{Element, LANES, for_vectors, kernel, vector};
 use super::{Arg, Args, Context, Outcome, View, ViewMut};
 use hal::DType;
 use hal::op::{BlockGrid, GroupedLinear, Linear, Routing};
@@ -28,6 +28,9 @@ const SMALL_WEIGHT: usize = 1 << 18;
 /// Bytes that memory moves at once.
 const CACHE_LINE: usize = 64;
 
+/// Bytes of the nearest cache, on common processors.
+const NEAREST_CACHE: usize = 1 << 15;
+
 /// What FP8 weights are loaded too small by; see `Lanes::load_fp8`.
 const FP8_FACTOR: f32 = 256.0;
 
@@ -47,8 +50,7 @@ impl Activations {
             DType::F32 => collect(&args.read::<f32>(x), &mut values, |v| v),
             DType::Bf16 => collect(&args.read::<bf16>(x), &mut values, Element::widen),
             _ => {
-                let table: [f32; 256] = std::array::from_fn(|byte| decode_e4m3(byte as u8));
-                collect(&args.read::<u8>(x), &mut values, |byte| table[usize::from(byte)]);
+                collect(&args.read::<u8>(x), &mut values, |byte| E4M3_VALUES[usize::from(byte)]);
             }
         }
         let groups = x_scales.map_or(0, |s| s.desc.dim(1));
@@ -146,10 +148,14 @@ macro_rules! add_products {
                 }
             }
         }, |_rest| {
+            let mut xs = [L::splat(0.0); M];
+            for m in 0..M {
+                xs[m] = L::load_some(&$x[m][$i..]);
+            }
             for r in 0..R {
-                let wv: L = W::load(&tail($w[r], $i));
+                let wv: L = W::load_some(&$w[r][$i..]);
                 for m in 0..M {
-                    $acc[r][m] = $acc[r][m].fma(wv, L::load(&tail($x[m], $i)));
+                    $acc[r][m] = $acc[r][m].fma(wv, xs[m]);
                 }
             }
         });
@@ -241,7 +247,7 @@ kernel! {
         for_vectors!(|i| in bytes.len(), {
             out[i..i + LANES].copy_from_slice(&L::load_fp8(vector(bytes, i)).array());
         }, |rest| {
-            out[i..].copy_from_slice(&L::load_fp8(&tail(bytes, i)).array()[..rest]);
+            out[i..].copy_from_slice(&L::load_some_fp8(&bytes[i..]).array()[..rest]);
         });
     }
 }
@@ -268,6 +274,18 @@ trait Product: Element {
         tokens: Range<usize>,
         out: &mut [f32],
     );
+
+    /// Makes the results of weight rows that hold a NaN NaN, where products do not by themselves:
+    /// `out` is that of all `tokens` for the rows from `n` on.
+    fn mark_nans(
+        _ctx: &Context,
+        _w: &Weight<'_, Self>,
+        _n: usize,
+        _columns: usize,
+        _tokens: usize,
+        _out: &mut [f32],
+    ) {
+    }
 }
 
 /// Runs `tile` over the tokens in tiles of 4, then one by one.
@@ -349,10 +367,21 @@ impl Product for u8 {
                 scaled_tile::<u8, R, M>(ctx.isa, rows, scales, values, x_scales, grid, ahead)
             });
         }
-        if has_nan(ctx.isa, &w.values[n * x.columns..(n + R) * x.columns]) {
-            for (r, row) in rows.iter().enumerate() {
+    }
+
+    fn mark_nans(
+        ctx: &Context,
+        w: &Weight<'_, Self>,
+        n: usize,
+        columns: usize,
+        tokens: usize,
+        out: &mut [f32],
+    ) {
+        let weights = &w.values[n * columns..][..out.len() / tokens * columns];
+        if has_nan(ctx.isa, weights) {
+            for (row, out) in weights.chunks_exact(columns).zip(out.chunks_exact_mut(tokens)) {
                 if has_nan(ctx.isa, row) {
-                    out[r * tokens.len()..(r + 1) * tokens.len()].fill(f32::NAN);
+                    out.fill(f32::NAN);
                 }
             }
         }
@@ -371,16 +400,22 @@ fn rows<W: Product>(
     if count == 0 {
         return;
     }
-    // Taller tiles for single tokens were tried and are no faster: memory sets the pace.
+    // Rows whose weights are still near when they are looked at again.
+    let near = (NEAREST_CACHE / 2 / (x.columns * size_of::<W>()).max(1)).next_multiple_of(ROWS);
     let mut n = first;
-    let mut blocks = out.chunks_exact_mut(ROWS * count);
-    for block in &mut blocks {
-        W::block::<ROWS>(ctx, &group.weight, n, x, group.tokens.clone(), block);
-        n += ROWS;
-    }
-    for row in blocks.into_remainder().chunks_exact_mut(count) {
-        W::block::<1>(ctx, &group.weight, n, x, group.tokens.clone(), row);
-        n += 1;
+    for out in out.chunks_mut(near.max(ROWS) * count) {
+        let began = n;
+        // Taller tiles for single tokens were tried and are no faster: memory sets the pace.
+        let mut blocks = out.chunks_exact_mut(ROWS * count);
+        for block in &mut blocks {
+            W::block::<ROWS>(ctx, &group.weight, n, x, group.tokens.clone(), block);
+            n += ROWS;
+        }
+        for row in blocks.into_remainder().chunks_exact_mut(count) {
+            W::block::<1>(ctx, &group.weight, n, x, group.tokens.clone(), row);
+            n += 1;
+        }
+        W::mark_nans(ctx, &group.weight, began, x.columns, count, out);
     }
 }
 
