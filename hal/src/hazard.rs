@@ -161,6 +161,32 @@ impl AccessLog {
         self.past.push(PastAccess { stream, sequence, range, wrote: write });
     }
 
+    /// Notes accesses one after the other, as [`AccessLog::note`] does. Those of a list of commands
+    /// are the same at every launch but for their numbers, which is what this is quick at.
+    pub fn note_all(&mut self, accesses: impl Iterator<Item = PastAccess> + Clone) {
+        let same = |(old, new): (&PastAccess, PastAccess)| {
+            old.stream == new.stream && old.wrote == new.wrote && old.range == new.range
+        };
+        // Each then stands for its former self and for nothing else.
+        if self.past.len() == accesses.clone().count()
+            && self.past.iter().zip(accesses.clone()).all(same)
+        {
+            for (old, new) in self.past.iter_mut().zip(accesses) {
+                old.sequence = new.sequence;
+            }
+            return;
+        }
+        for PastAccess { stream, sequence, range, wrote } in accesses {
+            self.note(stream, sequence, range, wrote);
+        }
+    }
+
+    /// The accesses that a new one could conflict with, oldest first. Noted on another log, they
+    /// leave it as all that were noted here would.
+    pub fn past(&self) -> &[PastAccess] {
+        &self.past
+    }
+
     /// Notes an access, or returns the former access that it conflicts with.
     ///
     /// # Errors

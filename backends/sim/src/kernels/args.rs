@@ -1,6 +1,6 @@
 //! Typed views of an op's operands.
 
-use crate::memory::Slot;
+use crate::memory::{Slot, Slots};
 use bytemuck::Pod;
 use hal::{Operand, TensorDesc};
 
@@ -20,11 +20,11 @@ impl Operand for Arg {
 /// The operands of one op, borrowed for the time of its execution.
 #[derive(Debug)]
 pub(crate) struct Args<'g> {
-    slots: Vec<Slot<'g>>,
+    slots: Slots<'g>,
 }
 
 impl<'g> Args<'g> {
-    pub(crate) fn new(slots: Vec<Slot<'g>>) -> Self {
+    pub(crate) fn new(slots: Slots<'g>) -> Self {
         Args { slots }
     }
 

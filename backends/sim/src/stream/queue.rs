@@ -8,6 +8,7 @@
 //! has ended, when what it waits for has ended, and when the host had issued it, whichever is
 //! last. Those are all known when it is its turn, so times depend on the program alone.
 
+use super::prepared::Rest;
 use super::timeline::Ends;
 use super::work::{Outcome, Work};
 use crate::collective::Group;
@@ -39,9 +40,9 @@ pub(crate) struct StreamShared {
 
 #[derive(Debug)]
 pub(super) struct Queue {
-    pub(super) pending: VecDeque<Pending>,
+    pub(super) pending: VecDeque<Queued>,
     pub(super) activity: Activity,
-    submitted: u64,
+    pub(super) submitted: u64,
     pub(super) failure: Option<Error>,
     /// Simulated end of the last command.
     now: u64,
@@ -64,6 +65,17 @@ pub(super) enum Activity {
     Hung(Brief),
 }
 
+impl Activity {
+    /// Whether a worker must be asked, which then is noted.
+    pub(super) fn start(&mut self) -> bool {
+        let idle = matches!(self, Activity::Idle);
+        if idle {
+            *self = Activity::Scheduled;
+        }
+        idle
+    }
+}
+
 /// What messages say about a command.
 #[derive(Clone, Debug)]
 pub(super) struct Brief {
@@ -80,6 +92,28 @@ impl Brief {
     }
 }
 
+/// What a queue holds.
+#[derive(Debug)]
+pub(super) enum Queued {
+    One(Pending),
+    /// What is left of a list; at least one command.
+    List(Rest),
+}
+
+impl Queued {
+    /// What messages say about the next command.
+    pub(super) fn brief(&self) -> Brief {
+        match self {
+            Queued::One(pending) => Brief::of(pending, None),
+            Queued::List(rest) => {
+                let (sequence, command) = rest.peek();
+                let (kind, label) = (command.kind, command.label.clone());
+                Brief { sequence, kind, label, waits_for: None }
+            }
+        }
+    }
+}
+
 /// A command in the queue.
 #[derive(Debug)]
 pub(crate) struct Pending {
@@ -90,6 +124,19 @@ pub(crate) struct Pending {
     pub(crate) issued: u64,
     fault: FaultAction,
     work: Work,
+}
+
+impl Pending {
+    /// A command that no fault rule concerns.
+    pub(super) fn new(
+        sequence: u64,
+        kind: CommandKind,
+        label: Label,
+        issued: u64,
+        work: Work,
+    ) -> Self {
+        Pending { sequence, kind, label, issued, fault: FaultAction::Pass, work }
+    }
 }
 
 /// A command that is the head of its stream and waits for other ranks. Whoever holds it completes
@@ -121,7 +168,10 @@ pub(crate) struct Launch(Cell<Option<u64>>);
 
 impl Launch {
     /// When the host had issued it.
-    fn issued(&self, stream: &StreamShared) -> u64 {
+    pub(super) fn issued(&self, stream: &StreamShared) -> u64 {
+        if !stream.timed() {
+            return 0;
+        }
         self.0.get().unwrap_or_else(|| {
             let cost = stream.system.cost.host_issue();
             let at = stream.die().host_clock.fetch_add(cost, Ordering::Relaxed) + cost;
@@ -148,11 +198,9 @@ impl Admitted<'_> {
     pub(crate) fn push(self, work: Work) -> u64 {
         let Admitted { stream, mut queue, sequence, kind, label, issued, fault } = self;
         queue.submitted = sequence;
-        queue.pending.push_back(Pending { sequence, kind, label, issued, fault, work });
-        let start = matches!(queue.activity, Activity::Idle);
-        if start {
-            queue.activity = Activity::Scheduled;
-        }
+        let pending = Pending { sequence, kind, label, issued, fault, work };
+        queue.pending.push_back(Queued::One(pending));
+        let start = queue.activity.start();
         drop(queue);
         if start {
             stream.schedule();
@@ -165,7 +213,8 @@ impl Admitted<'_> {
     /// Puts the work in front of what was queued since it was admitted, and starts the stream.
     fn push_first(self, work: Work) {
         let Admitted { stream, mut queue, sequence, kind, label, issued, fault } = self;
-        queue.pending.push_front(Pending { sequence, kind, label, issued, fault, work });
+        let pending = Pending { sequence, kind, label, issued, fault, work };
+        queue.pending.push_front(Queued::One(pending));
         drop(queue);
         stream.schedule();
     }
@@ -193,6 +242,15 @@ enum Next {
 enum Flow {
     Continue,
     Stop,
+}
+
+impl Queue {
+    /// As [`StreamShared::takes_part_in`].
+    pub(super) fn takes_part_in(&mut self, group: &Arc<Group>) {
+        if !self.groups.iter().any(|g| Arc::ptr_eq(g, group)) {
+            self.groups.push(group.clone());
+        }
+    }
 }
 
 /// A stream whose command `sequence` waits for `value` of the stream that keeps this.
@@ -285,7 +343,7 @@ impl StreamShared {
             let range = *offset..offset + len;
             memory.accesses.lock().note(self.id, sequence, range, access.writes());
         }
-        let issued = if self.timed() { launch.issued(self) } else { 0 };
+        let issued = launch.issued(self);
         let fault = match self.die().faults() {
             Some(plan) => plan.decide(self.id.device, kind.name(), label.as_str()),
             None => FaultAction::Pass,
@@ -383,7 +441,7 @@ impl StreamShared {
     }
 
     /// Asks a worker to drain the stream.
-    fn schedule(self: &Arc<Self>) {
+    pub(super) fn schedule(self: &Arc<Self>) {
         let stream = self.clone();
         self.system.pool.spawn(move || stream.drain());
     }
@@ -428,7 +486,16 @@ impl StreamShared {
     fn next(&self) -> Next {
         let mut queue = self.queue.lock();
         match queue.pending.pop_front() {
-            Some(pending) if queue.failure.is_none() => Next::Run(pending),
+            Some(next) if queue.failure.is_none() => Next::Run(match next {
+                Queued::One(pending) => pending,
+                Queued::List(mut rest) => {
+                    let pending = rest.next();
+                    if !rest.is_empty() {
+                        queue.pending.push_front(Queued::List(rest));
+                    }
+                    pending
+                }
+            }),
             _ => {
                 queue.activity = Activity::Idle;
                 Next::Done
@@ -452,7 +519,7 @@ impl StreamShared {
                 Outcome::Busy => {
                     // Another command holds the memory (disjoint parts of one buffer): later.
                     pending.work = work;
-                    self.queue.lock().pending.push_front(pending);
+                    self.queue.lock().pending.push_front(Queued::One(pending));
                     self.schedule();
                     Flow::Stop
                 }
@@ -491,7 +558,7 @@ impl StreamShared {
         pending.work = Work::Wait { target: target.clone(), value };
         {
             let mut queue = self.queue.lock();
-            queue.pending.push_front(pending);
+            queue.pending.push_front(Queued::One(pending));
             queue.activity = Activity::Held(brief);
         }
         let mut queue = target.queue.lock();
@@ -612,10 +679,7 @@ impl StreamShared {
 
     /// The stream has work in a communicator: if the stream fails, the communicator does.
     pub(crate) fn takes_part_in(&self, group: &Arc<Group>) {
-        let mut queue = self.queue.lock();
-        if !queue.groups.iter().any(|g| Arc::ptr_eq(g, group)) {
-            queue.groups.push(group.clone());
-        }
+        self.queue.lock().takes_part_in(group);
     }
 
     pub(crate) fn describe(&self) -> String {

@@ -1,6 +1,6 @@
 //! How far a stream has come: completion times, host waits, and the [`Timeline`] that callers see.
 
-use super::queue::{Activity, Brief, Queue, StreamShared};
+use super::queue::{Activity, Brief, Queue, Queued, StreamShared};
 use hal::{Clock, Error, Result, StreamId, Timeline, Timestamp};
 use std::any::Any;
 use std::collections::VecDeque;
@@ -58,7 +58,7 @@ impl Queue {
 impl StreamShared {
     /// What the stream is doing, for a timeout's message.
     fn pending_text(queue: &Queue) -> String {
-        let next = queue.pending.front().map(|p| Brief::of(p, None));
+        let next = queue.pending.front().map(Queued::brief);
         let brief = match &queue.activity {
             Activity::Held(brief) | Activity::Hung(brief) => Some(brief.clone()),
             _ => next,
