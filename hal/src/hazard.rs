@@ -161,26 +161,6 @@ impl AccessLog {
         self.past.push(PastAccess { stream, sequence, range, wrote: write });
     }
 
-    /// Notes accesses one after the other, as [`AccessLog::note`] does. Those of a list of commands
-    /// are the same at every launch but for their numbers, which is what this is quick at.
-    pub fn note_all(&mut self, accesses: impl Iterator<Item = PastAccess> + Clone) {
-        let same = |(old, new): (&PastAccess, PastAccess)| {
-            old.stream == new.stream && old.wrote == new.wrote && old.range == new.range
-        };
-        // Each then stands for its former self and for nothing else.
-        if self.past.len() == accesses.clone().count()
-            && self.past.iter().zip(accesses.clone()).all(same)
-        {
-            for (old, new) in self.past.iter_mut().zip(accesses) {
-                old.sequence = new.sequence;
-            }
-            return;
-        }
-        for PastAccess { stream, sequence, range, wrote } in accesses {
-            self.note(stream, sequence, range, wrote);
-        }
-    }
-
     /// The accesses that a new one could conflict with, oldest first. Noted on another log, they
     /// leave it as all that were noted here would.
     pub fn past(&self) -> &[PastAccess] {
@@ -253,6 +233,40 @@ mod tests {
         assert!(order.is_ordered(stream(1), 1, stream(9)));
         assert!(order.is_ordered(stream(0), 7, stream(9)), "what stream 1 knew, the host knows");
         assert!(!order.is_ordered(stream(0), 8, stream(9)));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_left_of_many_accesses_stands_for_all(
+            before in accesses(), after in accesses(),
+        ) {
+            let note = |log: &mut AccessLog, accesses: &[PastAccess]| {
+                for PastAccess { stream, sequence, range, wrote } in accesses.iter().cloned() {
+                    log.note(stream, sequence, range, wrote);
+                }
+            };
+            let [mut all, mut few, mut left] = [0; 3].map(|_| AccessLog::default());
+            note(&mut all, &before);
+            note(&mut few, &before);
+            note(&mut all, &after);
+            note(&mut left, &after);
+            note(&mut few, left.past());
+            prop_assert_eq!(all.past(), few.past());
+        }
+    }
+
+    /// Accesses of two streams, numbered as they come.
+    fn accesses() -> impl Strategy<Value = Vec<PastAccess>> {
+        let one = (0u32..2, 0u64..4, 1u64..4, any::<bool>());
+        prop::collection::vec(one, 0..12).prop_map(|all| {
+            let access = |(n, (s, start, len, wrote))| PastAccess {
+                stream: stream(s),
+                sequence: n as u64,
+                range: start..start + len,
+                wrote,
+            };
+            all.into_iter().enumerate().map(access).collect()
+        })
     }
 
     type Waits = Vec<(StreamId, u64)>;

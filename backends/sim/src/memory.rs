@@ -5,14 +5,15 @@
 //! no argument and no `unsafe`, so locks it is. They never block: a stream whose operands are held
 //! by another stream's command (disjoint parts of one buffer, say) is put back in the queue.
 
+mod accesses;
 mod buffers;
 
+pub(crate) use accesses::{Accesses, Standing};
 pub(crate) use buffers::Buffers;
 
 use crate::kernels::Arg;
 use arrayvec::ArrayVec;
 use bytemuck::{Pod, Zeroable};
-use hal::hazard::AccessLog;
 use hal::op::Access;
 use hal::{BufferId, DeviceId, Operand, Tensor, TensorDesc};
 use memmap2::MmapMut;
@@ -30,15 +31,17 @@ pub(crate) const ALIGNMENT: u64 = 256;
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// The bytes of one buffer.
+/// The bytes of one buffer. What commands need when they run lies in one cache line, and what
+/// they need when they are submitted in another.
 #[derive(Debug)]
+#[repr(C, align(64))]
 pub(crate) struct Memory {
-    pub(crate) id: BufferId,
-    pub(crate) device: DeviceId,
-    pub(crate) size: u64,
-    pub(crate) accesses: Mutex<AccessLog>,
     /// Absent in a timing-only simulation.
     storage: Option<RwLock<Storage>>,
+    pub(crate) id: BufferId,
+    pub(crate) size: u64,
+    pub(crate) device: DeviceId,
+    pub(crate) accesses: Mutex<Accesses>,
 }
 
 /// Zeroed bytes whose start is aligned for every dtype.
@@ -173,6 +176,10 @@ pub(crate) struct Place {
 impl Place {
     pub(crate) fn new(t: &SimTensor, access: Access) -> Self {
         Place { memory: t.memory.clone(), offset: t.offset, len: t.desc.extent(), access }
+    }
+
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
     }
 
     pub(crate) fn span(&self) -> Span<'_> {

@@ -23,7 +23,7 @@ const TOKENS: usize = 4;
 const DECODE_ONCE: usize = 2 * TOKENS;
 
 /// Weights below this many bytes are not fetched ahead.
-const SMALL_WEIGHT: usize = 1 << 18;
+const SMALL_WEIGHT: usize = 1 << 12;
 
 /// Bytes that memory moves at once.
 const CACHE_LINE: usize = 64;

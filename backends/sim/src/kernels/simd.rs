@@ -361,6 +361,21 @@ mod x86 {
     }
 }
 
+/// Asks for the first cache lines of a value that will be wanted soon.
+pub(crate) fn fetch<T: ?Sized>(value: &T) {
+    /// More than this is better left to the processor, which learns from the first ones.
+    const LINES: usize = 16;
+    let lines = size_of_val(value).div_ceil(64).min(LINES);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = lines;
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..lines {
+        let at = std::ptr::from_ref(value).cast::<i8>().wrapping_add(line * 64);
+        // SAFETY: a hint that reads nothing; SSE is part of x86-64.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at) }
+    }
+}
+
 /// Adds the lanes: halves, quarters, eighths, pairs.
 #[inline(always)]
 pub(crate) fn sum(v: [f32; LANES]) -> f32 {

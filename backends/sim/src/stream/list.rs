@@ -5,11 +5,11 @@
 //! memory as they are now leave no doubt that no command of it will be refused. Otherwise its
 //! commands are submitted one by one, and the first that is refused says why.
 
-use super::prepared::{Launched, Prepared, Rest};
+use super::prepared::{Footprint, Launched, Prepared, Rest};
 use super::queue::Queued;
 use super::{Launch, SimStream};
 use crate::system::Shared;
-use hal::{CommandList, Entry, Error, ListAction, Result, Stream, WaitFor};
+use hal::{CommandList, Entry, Error, ListAction, Result, Stream, StreamId, WaitFor};
 use std::sync::Arc;
 
 /// Launches a list. The streams were checked to fit.
@@ -57,19 +57,33 @@ fn whole(
     }
     let ids = || streams.iter().map(|stream| stream.shared.id);
     let numbered: Vec<_> = ids().zip(queues.iter().map(|queue| queue.submitted)).collect();
+    if !unchanged(system, prepared, &numbered) {
+        prepared.footprints.iter().for_each(|footprint| {
+            footprint.memory.accesses.lock().log();
+        });
+    }
+    let mut settled = prepared.standing.take_settled();
     // From the first byte that a stream touches to the last: who is not sure looks closer.
-    let conflicts = prepared.footprints.iter().any(|footprint| {
-        let log = footprint.memory.accesses.lock();
-        footprint.reach.iter().any(|(stream, range, writes)| {
+    let conflicts = settled.iter().any(|&at| {
+        let Footprint { memory, reach } = &prepared.footprints[at];
+        let mut accesses = memory.accesses.lock();
+        let log = accesses.log();
+        reach.iter().any(|(stream, range, writes)| {
             log.conflict(&system.order, numbered[*stream].0, range, *writes).is_some()
         })
     });
     if conflicts {
+        prepared.standing.put_back(settled);
         return None;
     }
 
-    for footprint in &prepared.footprints {
-        footprint.memory.accesses.lock().note_all(footprint.accesses(&numbered));
+    prepared.standing.launched(numbered.clone());
+    // Another thread may look at a buffer meanwhile.
+    while !settled.is_empty() {
+        for at in settled {
+            prepared.footprints[at].memory.accesses.lock().stand(&prepared.standing, at);
+        }
+        settled = prepared.standing.take_settled();
     }
     for wait in &prepared.waits {
         let [(waiter, before), (signaller, passed)] = [wait.place, wait.target].map(|place| {
@@ -103,6 +117,19 @@ fn whole(
     drop(queues);
     starting.into_iter().for_each(|at| streams[at].shared.schedule());
     Some(())
+}
+
+/// Whether nothing that the list stood for since its latest launch can conflict with a new one: it
+/// is on the same streams, and each of them knows that launch to be done on all others.
+fn unchanged(system: &Arc<Shared>, prepared: &Prepared, numbered: &[(StreamId, u64)]) -> bool {
+    let latest = prepared.standing.latest();
+    let same = latest.len() == numbered.len()
+        && latest.iter().zip(numbered).all(|((old, _), (new, _))| old == new);
+    same && latest.iter().zip(&prepared.commands).all(|((earlier, before), commands)| {
+        let last = before + commands.len() as u64;
+        commands.is_empty()
+            || latest.iter().all(|(later, _)| system.order.is_ordered(*earlier, last, *later))
+    })
 }
 
 /// Submits the entries of a list in order.

@@ -9,9 +9,10 @@ use super::SimStream;
 use super::queue::{Pending, StreamShared};
 use super::work::{Outcome, Ready, Work, fill};
 use crate::collective::{Group, Part, SimCommunicator, Submission};
-use crate::memory::Memory;
+use crate::kernels::fetch;
+use crate::memory::{Memory, Standing};
 use crate::system::Shared;
-use hal::hazard::{AccessLog, PastAccess, StreamOrder};
+use hal::hazard::{AccessLog, StreamOrder};
 use hal::op::{Access, AttentionWork};
 use hal::trace::CommandKind;
 use hal::{BufferId, CommandList, DeviceId, Entry, Label, ListAction, Op, StreamId, WaitFor};
@@ -30,6 +31,8 @@ pub(super) struct Prepared {
     pub(super) waits: Vec<Wait>,
     /// The memory that it touches, each once.
     pub(super) footprints: Vec<Footprint>,
+    /// What is noted of its accesses to each.
+    pub(super) standing: Arc<Standing>,
     pub(super) members: Vec<Member>,
     /// The entries whose amount of work each launch tells.
     attention: Vec<usize>,
@@ -86,9 +89,6 @@ pub(super) struct Footprint {
     pub(super) memory: Arc<Memory>,
     /// Of each stream that touches it, from the first byte to the last, and whether it writes any.
     pub(super) reach: Vec<(usize, Range<u64>, bool)>,
-    /// The accesses that later commands could conflict with. Streams and numbers are those of the
-    /// list.
-    log: AccessLog,
 }
 
 /// A communicator of the list.
@@ -121,6 +121,7 @@ impl Prepared {
                 commands: streams.iter().map(|_| Vec::new()).collect(),
                 waits: Vec::new(),
                 footprints: Vec::new(),
+                standing: Arc::new(Standing::new(Vec::new())),
                 members: Vec::new(),
                 attention: Vec::new(),
             },
@@ -129,13 +130,33 @@ impl Prepared {
             maker.add(at, entry, streams[entry.stream])?;
         }
         let Maker { mut made, footprints, .. } = maker;
-        made.footprints = footprints.into_values().collect();
+        let (footprints, logs) = footprints.into_values().unzip();
+        (made.footprints, made.standing) = (footprints, Arc::new(Standing::new(logs)));
         Some(Arc::new(made))
     }
 
     /// Whether it was made for this die.
     pub(super) fn fits(&self, system: &Arc<Shared>, device: DeviceId) -> bool {
         std::ptr::eq(self.system.as_ptr(), Arc::as_ptr(system)) && self.device == device
+    }
+
+    /// Asks for what the commands after this one will look at. With many dies, every command is one
+    /// that was last looked at long ago, and without asking it would wait for each of these in turn.
+    fn fetch_ahead(&self, stream: usize, at: usize) {
+        let commands = &self.commands[stream];
+        let op = |at: usize| match commands.get(at).map(|command| &command.action) {
+            Some(Action::Op { op, .. }) => Some(&**op),
+            _ => None,
+        };
+        if let Some(op) = op(at + 2) {
+            fetch(op);
+        }
+        if let Some(op) = op(at + 1) {
+            op.memories().for_each(fetch);
+            if let Label::Shared(label) = &commands[at + 1].label {
+                fetch(&**label);
+            }
+        }
     }
 
     /// The communicators that a stream has collectives of.
@@ -161,26 +182,13 @@ fn attention_work<T>(op: &Op<T>) -> Option<AttentionWork> {
     }
 }
 
-impl Footprint {
-    /// The accesses that later commands could conflict with, as streams number them.
-    pub(super) fn accesses<'a>(
-        &'a self,
-        streams: &'a [(StreamId, u64)],
-    ) -> impl Iterator<Item = PastAccess> + Clone + 'a {
-        self.log.past().iter().map(|access| {
-            let (stream, before) = streams[access.stream.index as usize];
-            PastAccess { stream, sequence: before + access.sequence, ..access.clone() }
-        })
-    }
-}
-
 /// A list under examination.
 struct Maker {
     /// Of each entry, where it is.
     places: Vec<Place>,
     /// The order that the list's own waits establish.
     order: StreamOrder,
-    footprints: BTreeMap<BufferId, Footprint>,
+    footprints: BTreeMap<BufferId, (Footprint, AccessLog)>,
     made: Prepared,
 }
 
@@ -273,10 +281,9 @@ impl Maker {
     ) -> bool {
         let (stream, range, writes) =
             (self.stand_in(place.stream), offset..offset + len, access.writes());
-        let footprint = self.footprints.entry(memory.id).or_insert_with(|| Footprint {
-            memory: memory.clone(),
-            reach: Vec::new(),
-            log: AccessLog::default(),
+        let (footprint, log) = self.footprints.entry(memory.id).or_insert_with(|| {
+            let footprint = Footprint { memory: memory.clone(), reach: Vec::new() };
+            (footprint, AccessLog::default())
         });
         if !range.is_empty() {
             match footprint.reach.iter_mut().find(|(stream, ..)| *stream == place.stream) {
@@ -287,7 +294,7 @@ impl Maker {
                 None => footprint.reach.push((place.stream, range.clone(), writes)),
             }
         }
-        footprint.log.access(&self.order, stream, place.count, range, writes).is_ok()
+        log.access(&self.order, stream, place.count, range, writes).is_ok()
     }
 
     fn member(&mut self, communicator: &SimCommunicator) -> usize {
@@ -366,6 +373,7 @@ impl Rest {
                 Work::Collective(Submission::new(group.clone(), *rank, round, parts.clone()))
             }
         };
+        launched.prepared.fetch_ahead(self.stream, self.done);
         let (kind, label, issued) = (command.kind, command.label.clone(), launched.issued);
         self.done += 1;
         Pending::new(sequence, kind, label, issued, work)

@@ -319,7 +319,7 @@ impl StreamShared {
     /// Marks fresh memory as written by this stream's last command.
     pub(crate) fn note_allocation(&self, memory: &Memory) {
         let sequence = self.submitted();
-        memory.accesses.lock().note(self.id, sequence, 0..memory.size, true);
+        memory.accesses.lock().log().note(self.id, sequence, 0..memory.size, true);
     }
 
     /// Accepts a command: the stream works, nothing conflicts with it, the host has issued it.
@@ -341,7 +341,7 @@ impl StreamShared {
         }
         for Touch { memory, offset, len, access } in touches {
             let range = *offset..offset + len;
-            memory.accesses.lock().note(self.id, sequence, range, access.writes());
+            memory.accesses.lock().log().note(self.id, sequence, range, access.writes());
         }
         let issued = launch.issued(self);
         let fault = match self.die().faults() {
@@ -365,8 +365,9 @@ impl StreamShared {
 
     fn check_hazard(&self, touch: &Touch<'_>, kind: CommandKind, label: &Label) -> Result<()> {
         let Touch { memory, offset, len, access } = *touch;
-        let (log, range) = (memory.accesses.lock(), offset..offset + len);
-        let conflict = log.conflict(&self.system.order, self.id, &range, access.writes());
+        let (mut accesses, range) = (memory.accesses.lock(), offset..offset + len);
+        let conflict =
+            accesses.log().conflict(&self.system.order, self.id, &range, access.writes());
         let Some(past) = conflict else { return Ok(()) };
         let verb = |writes| if writes { "writes" } else { "reads" };
         let problem = format!(

@@ -5,8 +5,11 @@ use super::queue::StreamShared;
 use crate::collective::Submission;
 use crate::cost::{Cost, Path};
 use crate::kernels::{self, Arg, Args};
-use crate::memory::{self, BorrowError, Guards, Memory, Place, SimTensor, Slot, Span, Spans};
+use crate::memory::{
+    self, BorrowError, Guards, MAX_OPERANDS, Memory, Place, SimTensor, Slot, Span, Spans,
+};
 use crate::system::Shared;
+use arrayvec::ArrayVec;
 use hal::op::{Access, AttentionWork, Routing};
 use hal::{Cause, Op, TensorDesc};
 use parking_lot::Mutex;
@@ -160,19 +163,24 @@ fn compute(
 /// An op that runs again and again: what each run needs, worked out once.
 #[derive(Debug)]
 pub(super) struct Ready {
-    operands: Vec<Place>,
+    operands: ArrayVec<Place, MAX_OPERANDS>,
     args: Op<Arg>,
-    desc: Op<TensorDesc>,
     /// Where neither values nor the launch have a say in it.
     cost: OnceLock<Cost>,
+    desc: Box<Op<TensorDesc>>,
 }
 
 impl Ready {
     pub(super) fn new(op: &Op<SimTensor>) -> Self {
-        let mut operands = Vec::new();
+        let mut operands = ArrayVec::new();
         op.visit(|_, access, t| operands.push(Place::new(t, access)));
-        let (args, desc) = (memory::args(op), op.desc());
+        let (args, desc) = (memory::args(op), Box::new(op.desc()));
         Ready { operands, args, desc, cost: OnceLock::new() }
+    }
+
+    /// The memory of its operands.
+    pub(super) fn memories(&self) -> impl Iterator<Item = &Memory> {
+        self.operands.iter().map(Place::memory)
     }
 
     /// Runs it, with this amount of work if it is attention.
@@ -187,7 +195,7 @@ impl Ready {
             (None, routing) => system.cost.op(&self.desc, routing),
             (Some(work), routing) => {
                 let mut desc = self.desc.clone();
-                match &mut desc {
+                match &mut *desc {
                     Op::MlaPrefill(op) => op.work = work,
                     Op::MlaDecode(op) => op.work = work,
                     _ => {}
