@@ -11,7 +11,7 @@ mod buffers;
 pub(crate) use accesses::{Accesses, Standing};
 pub(crate) use buffers::Buffers;
 
-use crate::kernels::Arg;
+use crate::kernels::{Arg, fetch};
 use arrayvec::ArrayVec;
 use bytemuck::{Pod, Zeroable};
 use hal::op::Access;
@@ -178,8 +178,9 @@ impl Place {
         Place { memory: t.memory.clone(), offset: t.offset, len: t.desc.extent(), access }
     }
 
-    pub(crate) fn memory(&self) -> &Memory {
-        &self.memory
+    /// Asks for what a command will look at first.
+    pub(crate) fn fetch(&self) {
+        fetch(&*self.memory, 64);
     }
 
     pub(crate) fn span(&self) -> Span<'_> {

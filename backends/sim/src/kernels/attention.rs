@@ -15,6 +15,12 @@ use half::bf16;
 /// Keys whose scores are formed together.
 const KEYS: usize = 4;
 
+/// How many keys ahead of those at hand are fetched.
+const AHEAD: usize = 2 * KEYS;
+
+/// Bytes that memory moves at once.
+const CACHE_LINE: usize = 64;
+
 /// Vectors of the output that are summed together.
 const VECTORS: usize = 4;
 
@@ -26,6 +32,11 @@ kernel! {
             // The last keys are done one by one, in the same order of operations.
             let count = if j + KEYS <= keys.len() { KEYS } else { 1 };
             let mut acc = [L::splat(0.0); KEYS];
+            for key in keys.iter().skip(j + AHEAD).take(count) {
+                for value in key[0].iter().chain(key[1]).step_by(CACHE_LINE / size_of::<T>()) {
+                    L::prefetch(value);
+                }
+            }
             for part in 0..2 {
                 let q = q[part];
                 if count == KEYS {

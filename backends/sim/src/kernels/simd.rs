@@ -361,11 +361,9 @@ mod x86 {
     }
 }
 
-/// Asks for the first cache lines of a value that will be wanted soon.
-pub(crate) fn fetch<T: ?Sized>(value: &T) {
-    /// More than this is better left to the processor, which learns from the first ones.
-    const LINES: usize = 16;
-    let lines = size_of_val(value).div_ceil(64).min(LINES);
+/// Asks for the first bytes of a value, which will be wanted soon.
+pub(crate) fn fetch<T: ?Sized>(value: &T, bytes: usize) {
+    let lines = size_of_val(value).min(bytes).div_ceil(64);
     #[cfg(not(target_arch = "x86_64"))]
     let _ = lines;
     #[cfg(target_arch = "x86_64")]

@@ -102,11 +102,10 @@ mod tests {
         assert_eq!(list.take_settled(), [0], "before the first launch");
         let mut buffer = Accesses::default();
         buffer.log().note(stream(5), 9, 4..8, true);
-        for before in [10, 20] {
-            list.launched(vec![(stream(5), before)]);
-            buffer.stand(&list, 0);
-            assert_eq!(list.take_settled(), [0; 0][..], "{before}");
-        }
+        list.launched(vec![(stream(5), 10)]);
+        buffer.stand(&list, 0);
+        list.launched(vec![(stream(5), 20)]);
+        assert_eq!(list.take_settled(), [0; 0]);
         let expected = [(9, 4..8), (23, 0..4)];
         let noted = |log: &AccessLog| -> Vec<_> {
             log.past().iter().map(|p| (p.sequence, p.range.clone())).collect()

@@ -49,7 +49,7 @@ pub(super) struct Command {
 #[derive(Debug)]
 enum Action {
     Op {
-        op: Box<Ready>,
+        op: Ready,
         /// Which of the launch's amounts of attention work is its own.
         attention: Option<usize>,
     },
@@ -145,16 +145,16 @@ impl Prepared {
     fn fetch_ahead(&self, stream: usize, at: usize) {
         let commands = &self.commands[stream];
         let op = |at: usize| match commands.get(at).map(|command| &command.action) {
-            Some(Action::Op { op, .. }) => Some(&**op),
+            Some(Action::Op { op, .. }) => Some(op),
             _ => None,
         };
         if let Some(op) = op(at + 2) {
-            fetch(op);
+            op.fetch();
         }
         if let Some(op) = op(at + 1) {
-            op.memories().for_each(fetch);
+            op.fetch_memory();
             if let Label::Shared(label) = &commands[at + 1].label {
-                fetch(&**label);
+                fetch(&**label, 1);
             }
         }
     }
@@ -210,7 +210,7 @@ impl Maker {
                     self.made.attention.push(at);
                     self.made.attention.len() - 1
                 });
-                let (kind, op) = (CommandKind::Op(op.kind()), Box::new(Ready::new(&op)));
+                let (kind, op) = (CommandKind::Op(op.kind()), Ready::new(&op));
                 Command { kind, label: command.label.clone(), action: Action::Op { op, attention } }
             }
             ListAction::Fill { region, byte } => {

@@ -4,12 +4,9 @@ use super::prepared::Listed;
 use super::queue::StreamShared;
 use crate::collective::Submission;
 use crate::cost::{Cost, Path};
-use crate::kernels::{self, Arg, Args};
-use crate::memory::{
-    self, BorrowError, Guards, MAX_OPERANDS, Memory, Place, SimTensor, Slot, Span, Spans,
-};
+use crate::kernels::{self, Arg, Args, fetch};
+use crate::memory::{self, BorrowError, Guards, Memory, Place, SimTensor, Slot, Span, Spans};
 use crate::system::Shared;
-use arrayvec::ArrayVec;
 use hal::op::{Access, AttentionWork, Routing};
 use hal::{Cause, Op, TensorDesc};
 use parking_lot::Mutex;
@@ -163,39 +160,55 @@ fn compute(
 /// An op that runs again and again: what each run needs, worked out once.
 #[derive(Debug)]
 pub(super) struct Ready {
-    operands: ArrayVec<Place, MAX_OPERANDS>,
+    operands: Box<[Place]>,
+    run: Box<Run>,
+}
+
+/// What does not say where operands lie, in the order in which it is looked at.
+#[derive(Debug)]
+#[repr(C)]
+struct Run {
     args: Op<Arg>,
     /// Where neither values nor the launch have a say in it.
     cost: OnceLock<Cost>,
-    desc: Box<Op<TensorDesc>>,
+    desc: Op<TensorDesc>,
 }
 
 impl Ready {
     pub(super) fn new(op: &Op<SimTensor>) -> Self {
-        let mut operands = ArrayVec::new();
+        let mut operands = Vec::new();
         op.visit(|_, access, t| operands.push(Place::new(t, access)));
-        let (args, desc) = (memory::args(op), Box::new(op.desc()));
-        Ready { operands, args, desc, cost: OnceLock::new() }
+        let run = Run { args: memory::args(op), cost: OnceLock::new(), desc: op.desc() };
+        Ready { operands: operands.into(), run: Box::new(run) }
     }
 
-    /// The memory of its operands.
-    pub(super) fn memories(&self) -> impl Iterator<Item = &Memory> {
-        self.operands.iter().map(Place::memory)
+    /// Asks for what [`Ready::run`] will look at.
+    pub(super) fn fetch(&self) {
+        fetch(&*self.operands, usize::MAX);
+        // Attributes besides the operands seldom take more than one of them.
+        fetch(&*self.run, (self.operands.len() + 1) * size_of::<Arg>());
+        fetch(&self.run.cost, 1);
+    }
+
+    /// As [`Ready::fetch`], for the memory of the operands.
+    pub(super) fn fetch_memory(&self) {
+        self.operands.iter().for_each(Place::fetch);
     }
 
     /// Runs it, with this amount of work if it is attention.
     pub(super) fn run(&self, attention: Option<AttentionWork>, system: &Shared) -> Outcome {
-        let spans = || self.operands.iter().map(Place::span).collect::<Spans<'_>>();
-        let routing = match system.values(|| compute(&self.args, &spans(), system)) {
+        let Ready { operands, run } = self;
+        let spans = || operands.iter().map(Place::span).collect::<Spans<'_>>();
+        let routing = match system.values(|| compute(&run.args, &spans(), system)) {
             Ok(routing) => routing,
             Err(outcome) => return outcome,
         };
         done(system, || match (attention, routing) {
-            (None, None) => *self.cost.get_or_init(|| system.cost.op(&self.desc, None)),
-            (None, routing) => system.cost.op(&self.desc, routing),
+            (None, None) => *run.cost.get_or_init(|| system.cost.op(&run.desc, None)),
+            (None, routing) => system.cost.op(&run.desc, routing),
             (Some(work), routing) => {
-                let mut desc = self.desc.clone();
-                match &mut *desc {
+                let mut desc = run.desc.clone();
+                match &mut desc {
                     Op::MlaPrefill(op) => op.work = work,
                     Op::MlaDecode(op) => op.work = work,
                     _ => {}
