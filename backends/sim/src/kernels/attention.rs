@@ -32,9 +32,11 @@ kernel! {
             // The last keys are done one by one, in the same order of operations.
             let count = if j + KEYS <= keys.len() { KEYS } else { 1 };
             let mut acc = [L::splat(0.0); KEYS];
-            for key in keys.iter().skip(j + AHEAD).take(count) {
-                for value in key[0].iter().chain(key[1]).step_by(CACHE_LINE / size_of::<T>()) {
-                    L::prefetch(value);
+            for n in j + AHEAD..(j + AHEAD + count).min(keys.len()) {
+                let mut i = 0;
+                while i < keys[n][0].len() {
+                    L::prefetch(&keys[n][0][i]);
+                    i += CACHE_LINE / size_of::<T>();
                 }
             }
             for part in 0..2 {
