@@ -161,6 +161,12 @@ impl AccessLog {
         self.past.push(PastAccess { stream, sequence, range, wrote: write });
     }
 
+    /// The accesses that a new one could conflict with, oldest first. Noted on another log, they
+    /// leave it as all that were noted here would.
+    pub fn past(&self) -> &[PastAccess] {
+        &self.past
+    }
+
     /// Notes an access, or returns the former access that it conflicts with.
     ///
     /// # Errors
@@ -227,6 +233,40 @@ mod tests {
         assert!(order.is_ordered(stream(1), 1, stream(9)));
         assert!(order.is_ordered(stream(0), 7, stream(9)), "what stream 1 knew, the host knows");
         assert!(!order.is_ordered(stream(0), 8, stream(9)));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_left_of_many_accesses_stands_for_all(
+            before in accesses(), after in accesses(),
+        ) {
+            let note = |log: &mut AccessLog, accesses: &[PastAccess]| {
+                for PastAccess { stream, sequence, range, wrote } in accesses.iter().cloned() {
+                    log.note(stream, sequence, range, wrote);
+                }
+            };
+            let [mut all, mut few, mut left] = [0; 3].map(|_| AccessLog::default());
+            note(&mut all, &before);
+            note(&mut few, &before);
+            note(&mut all, &after);
+            note(&mut left, &after);
+            note(&mut few, left.past());
+            prop_assert_eq!(all.past(), few.past());
+        }
+    }
+
+    /// Accesses of two streams, numbered as they come.
+    fn accesses() -> impl Strategy<Value = Vec<PastAccess>> {
+        let one = (0u32..2, 0u64..4, 1u64..4, any::<bool>());
+        prop::collection::vec(one, 0..12).prop_map(|all| {
+            let access = |(n, (s, start, len, wrote))| PastAccess {
+                stream: stream(s),
+                sequence: n as u64,
+                range: start..start + len,
+                wrote,
+            };
+            all.into_iter().enumerate().map(access).collect()
+        })
     }
 
     type Waits = Vec<(StreamId, u64)>;

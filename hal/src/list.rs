@@ -11,7 +11,8 @@ use crate::{
     Collective, Command, Communicator, DeviceId, Error, Label, Op, Point, Region, Result, Stream,
 };
 use parking_lot::Mutex;
-use std::sync::Arc;
+use std::any::Any;
+use std::sync::{Arc, OnceLock};
 
 /// What an entry of a list does.
 #[derive(Clone, Debug)]
@@ -74,6 +75,7 @@ pub struct CommandList {
     awaited: Vec<usize>,
     places: usize,
     scratch: Mutex<ListPoints>,
+    prepared: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 impl Clone for CommandList {
@@ -81,7 +83,9 @@ impl Clone for CommandList {
         let CommandList { entries, streams, marks, awaited, places, .. } = self;
         let (entries, marks, awaited) = (entries.clone(), marks.clone(), awaited.clone());
         let (streams, places, scratch) = (*streams, *places, Mutex::default());
-        CommandList { entries, streams, marks, awaited, places, scratch }
+        // What a backend made of one list does not hold for another.
+        let prepared = OnceLock::new();
+        CommandList { entries, streams, marks, awaited, places, scratch, prepared }
     }
 }
 
@@ -180,8 +184,8 @@ impl CommandList {
                 ListAction::Op(_) | ListAction::Fill { .. } => {}
             }
         }
-        let scratch = Mutex::default();
-        Ok(CommandList { entries, streams, marks, awaited, places, scratch })
+        let (scratch, prepared) = (Mutex::default(), OnceLock::new());
+        Ok(CommandList { entries, streams, marks, awaited, places, scratch, prepared })
     }
 
     /// The commands, in the order of issue.
@@ -215,6 +219,16 @@ impl CommandList {
             _ => return false,
         }
         true
+    }
+
+    /// For backends: what `make` makes of the list at its first launch, such as the memory behind
+    /// its operands, kept for later ones. It must hold for any streams, and for any
+    /// [amount of attention work](CommandList::set_attention_work), which is the one thing that
+    /// may change. A clone and a [prefix](CommandList::prefix) begin anew.
+    ///
+    /// `None` if something of another type is kept: another backend's.
+    pub fn prepared<T: Any + Send + Sync>(&self, make: impl FnOnce() -> T) -> Option<&T> {
+        self.prepared.get_or_init(|| Box::new(make())).downcast_ref()
     }
 
     /// Checks that a list can be launched on these streams.
@@ -375,6 +389,17 @@ mod tests {
             let error = CommandList::new(entries, 2).unwrap_err().to_string();
             assert!(error.contains(words), "{error:?} lacks {words:?}");
         }
+    }
+
+    #[test]
+    fn what_a_backend_makes_of_a_list_is_kept_and_not_copied() {
+        let device = NullDevice::new(DeviceId(0), 1 << 20);
+        let list = CommandList::new(vec![fill(0, &device)], 1).unwrap();
+        assert_eq!(list.prepared(|| 1u32), Some(&1));
+        assert_eq!(list.prepared(|| 2u32), Some(&1));
+        assert_eq!(list.prepared(|| "another backend's"), None);
+        assert_eq!(list.clone().prepared(|| 3u32), Some(&3));
+        assert_eq!(list.prefix(1).prepared(|| 4u32), Some(&4));
     }
 
     #[test]

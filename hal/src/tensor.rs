@@ -104,11 +104,13 @@ impl TensorDesc {
     }
 
     /// The dimensions.
+    #[inline]
     pub fn shape(&self) -> &[u32] {
         &self.shape[..self.rank()]
     }
 
     /// The strides, in elements.
+    #[inline]
     pub fn strides(&self) -> &[u32] {
         &self.strides[..self.rank()]
     }
@@ -119,21 +121,25 @@ impl TensorDesc {
     }
 
     /// Product of all dimensions but the last: the rows of a row-wise op.
+    #[inline]
     pub fn rows(&self) -> usize {
         self.shape[..self.rank() - 1].iter().map(|&d| d as usize).product()
     }
 
     /// Number of elements.
+    #[inline]
     pub fn elements(&self) -> usize {
         self.shape().iter().map(|&d| d as usize).product()
     }
 
     /// Bytes of the elements themselves, gaps between rows not counted.
+    #[inline]
     pub fn bytes(&self) -> u64 {
         self.elements() as u64 * self.dtype.size() as u64
     }
 
     /// Bytes from the first element to the end of the last one: what the view spans in memory.
+    #[inline]
     pub fn extent(&self) -> u64 {
         if self.elements() == 0 {
             return 0;

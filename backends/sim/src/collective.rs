@@ -13,7 +13,8 @@ use crate::memory::{BorrowError, Guards, Memory, SimTensor, Slot, Span};
 use crate::stream::{Held, Launch, StreamShared, Touch, Work};
 use crate::system::Shared;
 use crate::timeline::{PairKey, Step};
-use exchange::{Part, Shape};
+pub(crate) use exchange::Part;
+use exchange::Shape;
 use hal::op::Access;
 use hal::trace::{CommandKind, WaitedFor};
 use hal::{
@@ -108,6 +109,19 @@ impl Group {
         Ok(())
     }
 
+    /// Gives a rank numbers for its next batches of group collectives; the last one before them.
+    pub(crate) fn take_rounds(&self, rank: usize, count: u64) -> u64 {
+        let mut state = self.state.lock();
+        let submitted = state.submitted.entry(rank).or_default();
+        *submitted += count;
+        *submitted - count
+    }
+
+    /// An error if it has failed.
+    pub(crate) fn status(&self) -> Result<()> {
+        self.state.lock().failure.clone().map_or(Ok(()), Err)
+    }
+
     /// Fails everything pending and everything later. The first failure stays.
     pub(crate) fn fail(&self, error: Error) {
         let mut victims = Vec::new();
@@ -137,6 +151,15 @@ impl Group {
 }
 
 impl Submission {
+    pub(crate) fn new(
+        group: Arc<Group>,
+        rank: usize,
+        round: Option<u64>,
+        parts: Arc<[Part]>,
+    ) -> Self {
+        Submission { group, rank, round, parts }
+    }
+
     /// Whom it waits for where it is the head of its stream.
     pub(crate) fn waits_for(&self) -> WaitedFor {
         WaitedFor::Ranks { communicator: self.group.id, round: self.round.unwrap_or(0) }
@@ -398,8 +421,7 @@ impl SimCommunicator {
         launch: &Launch,
     ) -> Result<u64> {
         let misuse = |problem| Error::misuse(self.device, kind.name(), label, problem);
-        hal::collective::check(batch, self.rank, self.group.size).map_err(misuse)?;
-        let parts: Vec<Part> = placed.iter().map(|c| Part::new(c, self.rank)).collect();
+        let parts = self.parts(batch, placed).map_err(misuse)?;
         let peer_to_peer = parts.iter().any(Part::is_peer_to_peer);
         self.status()?;
         stream.takes_part_in(&self.group);
@@ -409,18 +431,28 @@ impl SimCommunicator {
                 self.group.fail(error.clone());
             }
         })?;
-        let round = (!peer_to_peer).then(|| {
-            let mut state = self.group.state.lock();
-            let count = state.submitted.entry(self.rank).or_default();
-            *count += 1;
-            *count
-        });
-        Ok(admitted.push(Work::Collective(Submission {
-            group: self.group.clone(),
-            rank: self.rank,
-            round,
-            parts: parts.into(),
-        })))
+        let round = (!peer_to_peer).then(|| self.group.take_rounds(self.rank, 1) + 1);
+        let group = self.group.clone();
+        Ok(admitted.push(Work::Collective(Submission::new(group, self.rank, round, parts))))
+    }
+
+    /// This rank's parts of a batch; `placed` is the same over the simulator's memory.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the batch.
+    pub(crate) fn parts(
+        &self,
+        batch: &[Collective],
+        placed: &[Collective<SimTensor>],
+    ) -> Result<Arc<[Part]>, String> {
+        hal::collective::check(batch, self.rank, self.group.size)?;
+        Ok(placed.iter().map(|c| Part::new(c, self.rank)).collect())
+    }
+
+    /// The group, and which rank of it this is.
+    pub(crate) fn member(&self) -> (&Arc<Group>, usize) {
+        (&self.group, self.rank)
     }
 }
 
@@ -458,7 +490,7 @@ impl Communicator for SimCommunicator {
     }
 
     fn status(&self) -> Result<()> {
-        self.group.state.lock().failure.clone().map_or(Ok(()), Err)
+        self.group.status()
     }
 }
 

@@ -5,14 +5,15 @@
 //! no argument and no `unsafe`, so locks it is. They never block: a stream whose operands are held
 //! by another stream's command (disjoint parts of one buffer, say) is put back in the queue.
 
+mod accesses;
 mod buffers;
 
+pub(crate) use accesses::{Accesses, Standing};
 pub(crate) use buffers::Buffers;
 
-use crate::kernels::Arg;
+use crate::kernels::{Arg, fetch};
 use arrayvec::ArrayVec;
 use bytemuck::{Pod, Zeroable};
-use hal::hazard::AccessLog;
 use hal::op::Access;
 use hal::{BufferId, DeviceId, Operand, Tensor, TensorDesc};
 use memmap2::MmapMut;
@@ -30,15 +31,17 @@ pub(crate) const ALIGNMENT: u64 = 256;
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// The bytes of one buffer.
+/// The bytes of one buffer. What commands need when they run lies in one cache line, and what
+/// they need when they are submitted in another.
 #[derive(Debug)]
+#[repr(C, align(64))]
 pub(crate) struct Memory {
-    pub(crate) id: BufferId,
-    pub(crate) device: DeviceId,
-    pub(crate) size: u64,
-    pub(crate) accesses: Mutex<AccessLog>,
     /// Absent in a timing-only simulation.
     storage: Option<RwLock<Storage>>,
+    pub(crate) id: BufferId,
+    pub(crate) size: u64,
+    pub(crate) device: DeviceId,
+    pub(crate) accesses: Mutex<Accesses>,
 }
 
 /// Zeroed bytes whose start is aligned for every dtype.
@@ -158,6 +161,34 @@ pub(crate) struct Span<'a> {
     pub(crate) access: Access,
 }
 
+/// The ranges of an op's operands, in the order of [`hal::Op::visit`].
+pub(crate) type Spans<'a> = ArrayVec<Span<'a>, MAX_OPERANDS>;
+
+/// The range of an operand, and its memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    memory: Arc<Memory>,
+    offset: u64,
+    len: u64,
+    access: Access,
+}
+
+impl Place {
+    pub(crate) fn new(t: &SimTensor, access: Access) -> Self {
+        Place { memory: t.memory.clone(), offset: t.offset, len: t.desc.extent(), access }
+    }
+
+    /// Asks for what a command will look at first.
+    pub(crate) fn fetch(&self) {
+        fetch(&*self.memory, 64);
+    }
+
+    pub(crate) fn span(&self) -> Span<'_> {
+        let Place { memory, offset, len, access } = self;
+        Span { memory, offset: *offset, len: *len, access: *access }
+    }
+}
+
 /// Why the operands of a command cannot be borrowed.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum BorrowError {
@@ -173,12 +204,15 @@ enum Guard<'m> {
 }
 
 /// The locks of a command's buffers, each buffer once.
-pub(crate) struct Guards<'m>(Vec<(BufferId, Guard<'m>)>);
+pub(crate) struct Guards<'m>(ArrayVec<(BufferId, Guard<'m>), MAX_OPERANDS>);
+
+/// The bytes of an op's operands.
+pub(crate) type Slots<'g> = ArrayVec<Slot<'g>, MAX_OPERANDS>;
 
 impl<'m> Guards<'m> {
     /// Locks the buffers of all spans, without waiting.
     pub(crate) fn lock(spans: &[Span<'m>]) -> Result<Self, BorrowError> {
-        let mut guards: Vec<(BufferId, Guard<'m>)> = Vec::with_capacity(spans.len());
+        let mut guards: ArrayVec<(BufferId, Guard<'m>), MAX_OPERANDS> = ArrayVec::new();
         for span in spans {
             if guards.iter().any(|(id, _)| *id == span.memory.id) {
                 continue;
@@ -196,8 +230,8 @@ impl<'m> Guards<'m> {
 
     /// Cuts the locked buffers into the spans' slices. Spans that are read may overlap each other;
     /// a span that is read and lies exactly on one that is written becomes an alias of it.
-    pub(crate) fn carve(&mut self, spans: &[Span<'_>]) -> Result<Vec<Slot<'_>>, BorrowError> {
-        let mut slots: Vec<Slot<'_>> = spans.iter().map(|_| Slot::Taken).collect();
+    pub(crate) fn carve(&mut self, spans: &[Span<'_>]) -> Result<Slots<'_>, BorrowError> {
+        let mut slots: Slots<'_> = spans.iter().map(|_| Slot::Taken).collect();
         for (id, guard) in &mut self.0 {
             let of_buffer = |i: &usize| spans[*i].memory.id == *id;
             match guard {
@@ -209,7 +243,8 @@ impl<'m> Guards<'m> {
                     }
                 }
                 Guard::Write(storage) => {
-                    let mut order: Vec<usize> = (0..spans.len()).filter(of_buffer).collect();
+                    let mut order: ArrayVec<usize, MAX_OPERANDS> =
+                        (0..spans.len()).filter(of_buffer).collect();
                     order.sort_by_key(|&i| {
                         (spans[i].offset, spans[i].len, !spans[i].access.writes())
                     });
@@ -286,9 +321,9 @@ pub(crate) enum Slot<'g> {
     Taken,
 }
 
-/// The spans of an op's operands, in the order of [`hal::Op::visit`].
-pub(crate) fn spans(op: &hal::Op<SimTensor>) -> ArrayVec<Span<'_>, MAX_OPERANDS> {
-    let mut spans = ArrayVec::new();
+/// The spans of an op's operands.
+pub(crate) fn spans(op: &hal::Op<SimTensor>) -> Spans<'_> {
+    let mut spans = Spans::new();
     op.visit(|_, access, t| {
         spans.push(Span { memory: &t.memory, offset: t.offset, len: t.desc.extent(), access });
     });

@@ -5,7 +5,10 @@ mod common;
 use common::{die, floats, read, system};
 use hal::fault::FaultPlan;
 use hal::op::Add;
-use hal::{CommandList, Device, Entry, ListAction, Op, Stream, Tensor, WaitFor};
+use hal::{
+    Buffer, CommandList, DType, Device, Entry, ListAction, Op, Stream, Tensor, TensorDesc, WaitFor,
+};
+use proptest::prelude::*;
 use sim::Mode;
 use std::sync::Arc;
 
@@ -115,5 +118,155 @@ fn fault_rules_count_a_lists_commands_as_submitted() {
         let origin = error.origin().unwrap();
         // The sixth add is the third of stream 1: each comes after a wait.
         assert_eq!((origin.op, origin.stream.index, origin.sequence), ("add", 0, 8));
+    }
+}
+
+/// A command of a list, on one of two streams: parts of three buffers are set, copied or waited for.
+#[derive(Clone, Copy, Debug)]
+enum Listed {
+    Fill(usize, usize),
+    Copy([(usize, usize); 2]),
+    /// For the entry that lies so far back, or the start.
+    Wait(usize),
+}
+
+/// What a host does, on any of three streams.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Launch(usize, [usize; 2]),
+    Fill(usize, usize, usize),
+    Wait(usize, usize),
+    Synchronize(usize),
+}
+
+/// First half, second half or all of one of three buffers.
+fn part() -> impl Strategy<Value = (usize, usize)> {
+    (0usize..3, 0usize..3)
+}
+
+fn listed() -> impl Strategy<Value = Vec<(usize, Listed)>> {
+    let action = prop_oneof![
+        part().prop_map(|(buffer, part)| Listed::Fill(buffer, part)),
+        [part(), part()].prop_map(Listed::Copy),
+        (1usize..4).prop_map(Listed::Wait),
+        (1usize..4).prop_map(Listed::Wait),
+    ];
+    prop::collection::vec((0usize..2, action), 1..12)
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let stream = || 0usize..3;
+    let launch = (0usize..2, prop_oneof![Just([0, 1]), Just([0, 1]), Just([1, 0]), Just([0, 2])]);
+    let step = prop_oneof![
+        launch.clone().prop_map(|(list, streams)| Step::Launch(list, streams)),
+        launch.prop_map(|(list, streams)| Step::Launch(list, streams)),
+        (stream(), part()).prop_map(|(stream, (buffer, part))| Step::Fill(stream, buffer, part)),
+        (stream(), stream()).prop_map(|(stream, other)| Step::Wait(stream, other)),
+        stream().prop_map(Step::Synchronize),
+    ];
+    prop::collection::vec(step, 1..16)
+}
+
+/// A die on which steps are taken, with lists launched as such or issued command by command.
+struct Host {
+    device: Arc<dyn Device>,
+    streams: Vec<Arc<dyn Stream>>,
+    buffers: Vec<Buffer>,
+    lists: Vec<CommandList>,
+    as_lists: bool,
+    _system: sim::System,
+}
+
+impl Host {
+    fn new(lists: &[Vec<(usize, Listed)>], as_lists: bool) -> Host {
+        let system = system(Mode::Full, 1);
+        let device = die(&system, 0);
+        let streams: Vec<_> = ["a", "b", "c"].iter().map(|s| device.stream(s).unwrap()).collect();
+        let buffers: Vec<_> = (0..3).map(|_| streams[0].alloc(16).unwrap()).collect();
+        buffers.iter().for_each(|b| streams[0].fill(&b.whole(), 0).unwrap());
+        streams[0].synchronize(common::SOON).unwrap();
+        let lists = lists.iter().map(|list| build(list, &buffers)).collect();
+        Host { device, streams, buffers, lists, as_lists, _system: system }
+    }
+
+    /// What comes of a step: its refusal, and how many commands each stream then has.
+    fn take(&self, step: Step) -> (Option<String>, Vec<u64>) {
+        let result = match step {
+            Step::Launch(list, streams) => {
+                let streams = streams.map(|stream| self.streams[stream].clone());
+                match self.as_lists {
+                    true => self.device.execute(&self.lists[list], &streams),
+                    false => self.lists[list].issue(self.device.properties().id, &streams),
+                }
+            }
+            Step::Fill(stream, buffer, part) => {
+                self.streams[stream].fill(&tensor(&self.buffers, (buffer, part)).region(), 7)
+            }
+            Step::Wait(stream, other) => self.streams[stream].wait(&self.streams[other].point()),
+            Step::Synchronize(stream) => self.streams[stream].synchronize(common::SOON),
+        };
+        let text = result.err().map(|error| {
+            // Each host has buffers of its own, with numbers of their own.
+            let text = error.to_string();
+            let parts = text.split("buffer ").map(|part| part.trim_start_matches(char::is_numeric));
+            parts.collect::<Vec<_>>().join("buffer ")
+        });
+        (text, self.streams.iter().map(|s| s.point().value()).collect())
+    }
+
+    fn bytes(&self) -> Vec<Vec<u8>> {
+        let read = |buffer: &Buffer| {
+            let mut bytes = vec![0; 16];
+            self.streams.iter().for_each(|s| s.synchronize(common::SOON).unwrap());
+            self.streams[0].read(&buffer.whole(), &mut bytes, common::SOON).unwrap();
+            bytes
+        };
+        self.buffers.iter().map(read).collect()
+    }
+}
+
+fn tensor(buffers: &[Buffer], (buffer, part): (usize, usize)) -> Tensor {
+    let (offset, len) = [(0, 2), (8, 2), (0, 4)][part];
+    Tensor::new(buffers[buffer].clone(), offset, TensorDesc::new(DType::F32, &[len]))
+}
+
+fn build(list: &[(usize, Listed)], buffers: &[Buffer]) -> CommandList {
+    let mut entries: Vec<Entry> = Vec::new();
+    for &(stream, action) in list {
+        let action = match action {
+            Listed::Fill(buffer, part) => ListAction::Fill {
+                region: tensor(buffers, (buffer, part)).region(),
+                byte: entries.len() as u8,
+            },
+            // Only what can run: sizes that differ are another test's.
+            Listed::Copy([x, out]) if x.0 != out.0 && (x.1 < 2) == (out.1 < 2) => {
+                let op: Op =
+                    hal::op::Copy { x: tensor(buffers, x), out: tensor(buffers, out) }.into();
+                ListAction::Op(Box::new(op.into()))
+            }
+            Listed::Wait(back) => match entries.len().checked_sub(back) {
+                Some(target) if entries[target].stream != stream => {
+                    ListAction::Wait(WaitFor::Entry(target))
+                }
+                None if stream != 0 => ListAction::Wait(WaitFor::Start),
+                _ => continue,
+            },
+            Listed::Copy(_) => continue,
+        };
+        entries.push(Entry { stream, action });
+    }
+    CommandList::new(entries, 2).unwrap()
+}
+
+proptest! {
+    #[test]
+    fn a_list_is_refused_and_leaves_traces_as_its_commands_do_one_by_one(
+        lists in [listed(), listed()], steps in steps(),
+    ) {
+        let [whole, single] = [true, false].map(|as_lists| Host::new(&lists, as_lists));
+        for step in steps {
+            prop_assert_eq!(whole.take(step), single.take(step), "{:?}", step);
+        }
+        prop_assert_eq!(whole.bytes(), single.bytes());
     }
 }

@@ -70,11 +70,13 @@ pub struct BlockGrid {
 
 impl BlockGrid {
     /// The number of stacks, at least 1.
+    #[inline]
     pub const fn stacks(&self) -> usize {
         if self.segments == 0 { 1 } else { self.segments as usize }
     }
 
     /// Rows of scales for a weight of `rows` rows, all stacks together.
+    #[inline]
     pub const fn scale_rows(&self, rows: usize) -> usize {
         let per_stack = rows / self.stacks() + self.row_offset as usize;
         self.stacks() * per_stack.div_ceil(FP8_BLOCK)
@@ -82,18 +84,24 @@ impl BlockGrid {
 
     /// Columns of scales for a weight of `columns` columns. Activations that meet such a weight
     /// have as many groups.
+    #[inline]
     pub const fn scale_columns(&self, columns: usize) -> usize {
         (columns + self.column_offset as usize).div_ceil(FP8_BLOCK)
     }
 
     /// The row of scales that weight row `row` of `rows` uses.
+    #[inline]
     pub const fn scale_row(&self, row: usize, rows: usize) -> usize {
+        if self.stacks() == 1 {
+            return (row + self.row_offset as usize) / FP8_BLOCK;
+        }
         let per_stack = rows / self.stacks();
         let scale_rows = self.scale_rows(rows) / self.stacks();
         (row / per_stack) * scale_rows + (row % per_stack + self.row_offset as usize) / FP8_BLOCK
     }
 
     /// The columns that share column `group` of the scales.
+    #[inline]
     pub fn group_columns(&self, group: usize, columns: usize) -> std::ops::Range<usize> {
         let offset = self.column_offset as usize;
         (group * FP8_BLOCK).saturating_sub(offset)..((group + 1) * FP8_BLOCK - offset).min(columns)

@@ -1,13 +1,13 @@
 //! Typed views of an op's operands.
 
-use crate::memory::Slot;
+use crate::memory::{Slot, Slots};
 use bytemuck::Pod;
 use hal::{Operand, TensorDesc};
 
 /// Stands for an operand in an `Op<Arg>`: which one it is, and its shape.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Arg {
-    pub(crate) index: usize,
+    pub(crate) index: u32,
     pub(crate) desc: TensorDesc,
 }
 
@@ -20,11 +20,11 @@ impl Operand for Arg {
 /// The operands of one op, borrowed for the time of its execution.
 #[derive(Debug)]
 pub(crate) struct Args<'g> {
-    slots: Vec<Slot<'g>>,
+    slots: Slots<'g>,
 }
 
 impl<'g> Args<'g> {
-    pub(crate) fn new(slots: Vec<Slot<'g>>) -> Self {
+    pub(crate) fn new(slots: Slots<'g>) -> Self {
         Args { slots }
     }
 
@@ -34,7 +34,7 @@ impl<'g> Args<'g> {
     ///
     /// If the op does not read it, or it is an alias: mistakes of a kernel, not of a caller.
     pub(crate) fn read<T: Pod>(&self, arg: &Arg) -> View<'g, T> {
-        match &self.slots[arg.index] {
+        match &self.slots[arg.index as usize] {
             Slot::Read(bytes) => View { data: elements(bytes), desc: arg.desc },
             other => unreachable!("operand {} read while {other:?}", arg.index),
         }
@@ -46,7 +46,7 @@ impl<'g> Args<'g> {
     ///
     /// If the op does not write it.
     pub(crate) fn write<T: Pod>(&mut self, arg: &Arg) -> ViewMut<'g, T> {
-        match std::mem::replace(&mut self.slots[arg.index], Slot::Taken) {
+        match std::mem::replace(&mut self.slots[arg.index as usize], Slot::Taken) {
             Slot::Write(bytes) => ViewMut { data: elements_mut(bytes), desc: arg.desc },
             // An empty operand carves to nothing.
             Slot::Read([]) => ViewMut { data: &mut [], desc: arg.desc },
@@ -56,7 +56,7 @@ impl<'g> Args<'g> {
 
     /// Whether `arg` is the very memory of a written operand (`a += b`).
     pub(crate) fn is_alias(&self, arg: &Arg) -> bool {
-        matches!(self.slots[arg.index], Slot::Alias)
+        matches!(self.slots[arg.index as usize], Slot::Alias)
     }
 }
 

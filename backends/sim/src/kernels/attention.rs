@@ -6,7 +6,7 @@
 
 use super::cache::{check_pages, check_starts};
 use super::number::{Float, exp};
-use super::simd::{Element, LANES, for_vectors, kernel, sum, tail, vector};
+use super::simd::{Element, LANES, for_vectors, kernel, sum, vector};
 use super::{Arg, Args, Context};
 use hal::DType;
 use hal::op::{MlaDecode, MlaPrefill};
@@ -14,6 +14,12 @@ use half::bf16;
 
 /// Keys whose scores are formed together.
 const KEYS: usize = 4;
+
+/// How many keys ahead of those at hand are fetched.
+const AHEAD: usize = 2 * KEYS;
+
+/// Bytes that memory moves at once.
+const CACHE_LINE: usize = 64;
 
 /// Vectors of the output that are summed together.
 const VECTORS: usize = 4;
@@ -26,6 +32,13 @@ kernel! {
             // The last keys are done one by one, in the same order of operations.
             let count = if j + KEYS <= keys.len() { KEYS } else { 1 };
             let mut acc = [L::splat(0.0); KEYS];
+            for n in j + AHEAD..(j + AHEAD + count).min(keys.len()) {
+                let mut i = 0;
+                while i < keys[n][0].len() {
+                    L::prefetch(&keys[n][0][i]);
+                    i += CACHE_LINE / size_of::<T>();
+                }
+            }
             for part in 0..2 {
                 let q = q[part];
                 if count == KEYS {
@@ -36,9 +49,9 @@ kernel! {
                             acc[n] = acc[n].fma(qv, T::load(vector(k[n], i)));
                         }
                     }, |_rest| {
-                        let qv = L::load(&tail(q, i));
+                        let qv = L::load_some(&q[i..]);
                         for n in 0..KEYS {
-                            acc[n] = acc[n].fma(qv, T::load(&tail(k[n], i)));
+                            acc[n] = acc[n].fma(qv, T::load_some(&k[n][i..]));
                         }
                     });
                 } else {
@@ -46,7 +59,7 @@ kernel! {
                     for_vectors!(|i| in q.len(), {
                         acc[0] = acc[0].fma(L::load(vector(q, i)), T::load(vector(k, i)));
                     }, |_rest| {
-                        acc[0] = acc[0].fma(L::load(&tail(q, i)), T::load(&tail(k, i)));
+                        acc[0] = acc[0].fma(L::load_some(&q[i..]), T::load_some(&k[i..]));
                     });
                 }
             }
@@ -108,7 +121,7 @@ kernel! {
             } else {
                 let mut acc = L::splat(0.0);
                 for (j, row) in values.iter().enumerate() {
-                    acc = acc.fma(L::splat(weights[j]), T::load(&tail(&row[..width], c)));
+                    acc = acc.fma(L::splat(weights[j]), T::load_some(&row[c..width]));
                 }
                 out[c..].copy_from_slice(&acc.array()[..width - c]);
                 c = width;

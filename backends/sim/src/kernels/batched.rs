@@ -1,7 +1,7 @@
 //! One small matrix per head: the two halves of MLA's absorbed form.
 
 use super::number::Float;
-use super::simd::{LANES, for_vectors, kernel, tail, vector};
+use super::simd::{LANES, for_vectors, kernel, vector};
 use super::{Arg, Args, Context};
 use hal::op::BatchedLinear;
 use hal::{DType, Operand};
@@ -35,7 +35,7 @@ kernel! {
                 let mut acc = L::splat(0.0);
                 for (k, value) in x.iter().enumerate() {
                     let row = &w[k * stride + n..k * stride + n + count];
-                    let row: L = if count == LANES { T::load(vector(row, 0)) } else { T::load(&tail(row, 0)) };
+                    let row: L = if count == LANES { T::load(vector(row, 0)) } else { T::load_some(row) };
                     acc = acc.fma(L::splat(value.widen()), row);
                 }
                 out[n..n + count].copy_from_slice(&acc.array()[..count]);
@@ -60,10 +60,10 @@ kernel! {
                         acc[r] = acc[r].fma(T::load(vector(w, (n + r) * stride + i)), xv);
                     }
                 }, |_rest| {
-                    let xv: L = T::load(&tail(x, i));
+                    let xv: L = T::load_some(&x[i..]);
                     for r in 0..TILE {
                         let row = &w[(n + r) * stride..(n + r) * stride + columns];
-                        acc[r] = acc[r].fma(T::load(&tail(row, i)), xv);
+                        acc[r] = acc[r].fma(T::load_some(&row[i..]), xv);
                     }
                 });
             } else {
@@ -71,7 +71,7 @@ kernel! {
                 for_vectors!(|i| in columns, {
                     acc[0] = acc[0].fma(T::load(vector(row, i)), T::load(vector(x, i)));
                 }, |_rest| {
-                    acc[0] = acc[0].fma(T::load(&tail(row, i)), T::load(&tail(x, i)));
+                    acc[0] = acc[0].fma(T::load_some(&row[i..]), T::load_some(&x[i..]));
                 });
             }
             for r in 0..count {

@@ -4,11 +4,11 @@
 //! A tile of [`ROWS`] weight rows and up to [`TOKENS`] tokens keeps its sums in registers. Work is
 //! split over weight rows only, so that no sum is ever split.
 
-use super::number::{Float, decode_e4m3};
-use super::simd::{Element, LANES, for_vectors, kernel, tail, vector};
+use super::number::{E4M3_VALUES, Float};
+use super::simd::{Element, LANES, for_vectors, kernel, vector};
 use super::{Arg, Args, Context, Outcome, View, ViewMut};
 use hal::DType;
-use hal::op::{BlockGrid, GroupedLinear, Linear, Routing};
+use hal::op::{BlockGrid, FP8_BLOCK, GroupedLinear, Linear, Routing};
 use half::bf16;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -23,10 +23,13 @@ const TOKENS: usize = 4;
 const DECODE_ONCE: usize = 2 * TOKENS;
 
 /// Weights below this many bytes are not fetched ahead.
-const SMALL_WEIGHT: usize = 1 << 18;
+const SMALL_WEIGHT: usize = 1 << 12;
 
 /// Bytes that memory moves at once.
 const CACHE_LINE: usize = 64;
+
+/// Bytes of the nearest cache, on common processors.
+const NEAREST_CACHE: usize = 1 << 15;
 
 /// What FP8 weights are loaded too small by; see `Lanes::load_fp8`.
 const FP8_FACTOR: f32 = 256.0;
@@ -47,8 +50,7 @@ impl Activations {
             DType::F32 => collect(&args.read::<f32>(x), &mut values, |v| v),
             DType::Bf16 => collect(&args.read::<bf16>(x), &mut values, Element::widen),
             _ => {
-                let table: [f32; 256] = std::array::from_fn(|byte| decode_e4m3(byte as u8));
-                collect(&args.read::<u8>(x), &mut values, |byte| table[usize::from(byte)]);
+                collect(&args.read::<u8>(x), &mut values, |byte| E4M3_VALUES[usize::from(byte)]);
             }
         }
         let groups = x_scales.map_or(0, |s| s.desc.dim(1));
@@ -121,6 +123,14 @@ impl<'a, W: Element> Weight<'a, W> {
         rows
     }
 
+    /// The scales of row `n`, and how many rows from there on have the same.
+    fn scale_run(&self, n: usize, groups: usize) -> (&'a [f32], usize) {
+        let per_stack = self.rows / self.grid.stacks();
+        let (within, at) = (n % per_stack, self.grid.scale_row(n, self.rows) * groups);
+        let in_block = FP8_BLOCK - (within + self.grid.row_offset as usize) % FP8_BLOCK;
+        (&self.scales[at..at + groups], in_block.min(per_stack - within))
+    }
+
     /// The rows from `n` on, to be fetched ahead. Short rows end before the hardware has learned
     /// to do so by itself; small weights are in the cache anyway.
     fn ahead(&self, n: usize, columns: usize) -> &'a [W] {
@@ -146,10 +156,14 @@ macro_rules! add_products {
                 }
             }
         }, |_rest| {
+            let mut xs = [L::splat(0.0); M];
+            for m in 0..M {
+                xs[m] = L::load_some(&$x[m][$i..]);
+            }
             for r in 0..R {
-                let wv: L = W::load(&tail($w[r], $i));
+                let wv: L = W::load_some(&$w[r][$i..]);
                 for m in 0..M {
-                    $acc[r][m] = $acc[r][m].fma(wv, L::load(&tail($x[m], $i)));
+                    $acc[r][m] = $acc[r][m].fma(wv, xs[m]);
                 }
             }
         });
@@ -191,31 +205,26 @@ kernel! {
     }
 }
 
-kernel! {
-    /// A tile of block-scaled products: each group of columns is summed by itself, then scaled and
-    /// added lane by lane. `ahead` begins with the rows of the next tile.
-    fn scaled_tile<L, W: Element; const R, const M>(
-        w: [&[W]; R],
-        w_scales: [&[f32]; R],
-        x: [&[f32]; M],
-        x_scales: [&[f32]; M],
-        grid: BlockGrid,
-        ahead: &[W],
-    ) -> [[f32; M]; R] {
+/// The sums of a tile of block-scaled products: each group of columns is summed by itself, then
+/// scaled and added lane by lane. `ahead` begins with the rows of the next tile.
+macro_rules! scaled_sums {
+    ($w:expr, $w_scales:expr, $x:expr, $x_scales:expr, $grid:expr, $ahead:expr) => {{
+        let (rows, w_scales): ([&[W]; R], [&[f32]; R]) = ($w, $w_scales);
+        let (tokens, x_scales): ([&[f32]; M], [&[f32]; M]) = ($x, $x_scales);
+        let ahead: &[W] = $ahead;
         let mut total = [[L::splat(0.0); M]; R];
-        let columns = x[0].len();
+        let columns = tokens[0].len();
         for group in 0..x_scales[0].len() {
-            let range = grid.group_columns(group, columns);
-            for r in 0..R {
-                let mut line = range.start;
-                while line < range.end {
-                    if let Some(value) = ahead.get(r * columns + line) {
-                        L::prefetch(value);
-                    }
-                    line += CACHE_LINE / size_of::<W>();
+            let range = $grid.group_columns(group, columns);
+            // The rows of the next tile follow each other: as many of its bytes as this group has.
+            let mut next = range.start * R;
+            while next < range.end * R {
+                if let Some(value) = ahead.get(next) {
+                    L::prefetch(value);
                 }
+                next += CACHE_LINE / size_of::<W>();
             }
-            let (mut w, mut x) = (w, x);
+            let (mut w, mut x) = (rows, tokens);
             for r in 0..R {
                 w[r] = &w[r][range.start..range.end];
             }
@@ -232,6 +241,53 @@ kernel! {
             }
         }
         sums!(total)
+    }};
+}
+
+kernel! {
+    /// A tile of block-scaled products.
+    fn scaled_tile<L, W: Element; const R, const M>(
+        w: [&[W]; R],
+        w_scales: [&[f32]; R],
+        x: [&[f32]; M],
+        x_scales: [&[f32]; M],
+        grid: BlockGrid,
+        ahead: &[W],
+    ) -> [[f32; M]; R] {
+        scaled_sums!(w, w_scales, x, x_scales, grid, ahead)
+    }
+}
+
+kernel! {
+    /// The products of one token and all rows that share their scales: what tiles would give, for
+    /// rows so short that calling one for every few of them would take longer than its sums.
+    fn scaled_rows<L, W: Element>(
+        w: &[W],
+        w_scales: &[f32],
+        x: &[f32],
+        x_scales: &[f32],
+        grid: BlockGrid,
+        out: &mut [f32],
+    ) {
+        const M: usize = 1;
+        let columns = x.len();
+        let mut n = 0;
+        while n + ROWS <= out.len() {
+            const R: usize = ROWS;
+            let (rows, ahead) = (rows_of(w, columns, n), &w[(n + R) * columns..]);
+            let sums = scaled_sums!(rows, [w_scales; R], [x], [x_scales], grid, ahead);
+            for r in 0..R {
+                out[n + r] = sums[r][0];
+            }
+            n += R;
+        }
+        while n < out.len() {
+            const R: usize = 1;
+            let rows = rows_of(w, columns, n);
+            let sums = scaled_sums!(rows, [w_scales; R], [x], [x_scales], grid, &[]);
+            out[n] = sums[0][0];
+            n += R;
+        }
     }
 }
 
@@ -241,7 +297,7 @@ kernel! {
         for_vectors!(|i| in bytes.len(), {
             out[i..i + LANES].copy_from_slice(&L::load_fp8(vector(bytes, i)).array());
         }, |rest| {
-            out[i..].copy_from_slice(&L::load_fp8(&tail(bytes, i)).array()[..rest]);
+            out[i..].copy_from_slice(&L::load_some_fp8(&bytes[i..]).array()[..rest]);
         });
     }
 }
@@ -268,6 +324,30 @@ trait Product: Element {
         tokens: Range<usize>,
         out: &mut [f32],
     );
+
+    /// `out[r]` for as many rows from `n` as it holds, and one token.
+    fn one_token(
+        ctx: &Context,
+        w: &Weight<'_, Self>,
+        n: usize,
+        x: &Activations,
+        token: usize,
+        out: &mut [f32],
+    ) {
+        blocks(ctx, w, n, x, token..token + 1, out);
+    }
+
+    /// Makes the results of weight rows that hold a NaN NaN, where products do not by themselves:
+    /// `out` is that of all `tokens` for the rows from `n` on.
+    fn mark_nans(
+        _ctx: &Context,
+        _w: &Weight<'_, Self>,
+        _n: usize,
+        _columns: usize,
+        _tokens: usize,
+        _out: &mut [f32],
+    ) {
+    }
 }
 
 /// Runs `tile` over the tokens in tiles of 4, then one by one.
@@ -349,10 +429,41 @@ impl Product for u8 {
                 scaled_tile::<u8, R, M>(ctx.isa, rows, scales, values, x_scales, grid, ahead)
             });
         }
-        if has_nan(ctx.isa, &w.values[n * x.columns..(n + R) * x.columns]) {
-            for (r, row) in rows.iter().enumerate() {
+    }
+
+    fn one_token(
+        ctx: &Context,
+        w: &Weight<'_, Self>,
+        mut n: usize,
+        x: &Activations,
+        token: usize,
+        mut out: &mut [f32],
+    ) {
+        let ([values], [x_scales]) = (x.rows_from::<1>(token), x.scales_from::<1>(token));
+        while !out.is_empty() {
+            let (scales, run) = w.scale_run(n, x.groups);
+            let run = run.min(out.len());
+            let (these, rest) = out.split_at_mut(run);
+            let rows = &w.values[n * x.columns..(n + run) * x.columns];
+            scaled_rows(ctx.isa, rows, scales, values, x_scales, w.grid, these);
+            n += run;
+            out = rest;
+        }
+    }
+
+    fn mark_nans(
+        ctx: &Context,
+        w: &Weight<'_, Self>,
+        n: usize,
+        columns: usize,
+        tokens: usize,
+        out: &mut [f32],
+    ) {
+        let weights = &w.values[n * columns..][..out.len() / tokens * columns];
+        if has_nan(ctx.isa, weights) {
+            for (row, out) in weights.chunks_exact(columns).zip(out.chunks_exact_mut(tokens)) {
                 if has_nan(ctx.isa, row) {
-                    out[r * tokens.len()..(r + 1) * tokens.len()].fill(f32::NAN);
+                    out.fill(f32::NAN);
                 }
             }
         }
@@ -371,15 +482,36 @@ fn rows<W: Product>(
     if count == 0 {
         return;
     }
-    // Taller tiles for single tokens were tried and are no faster: memory sets the pace.
+    // Rows whose weights are still near when they are looked at again.
+    let near = (NEAREST_CACHE / 2 / (x.columns * size_of::<W>()).max(1)).next_multiple_of(ROWS);
     let mut n = first;
-    let mut blocks = out.chunks_exact_mut(ROWS * count);
+    for out in out.chunks_mut(near.max(ROWS) * count) {
+        match count {
+            1 => W::one_token(ctx, &group.weight, n, x, group.tokens.start, out),
+            _ => blocks(ctx, &group.weight, n, x, group.tokens.clone(), out),
+        }
+        W::mark_nans(ctx, &group.weight, n, x.columns, count, out);
+        n += out.len() / count;
+    }
+}
+
+/// `out[r][t]` for as many rows from `n` as it holds, and all tokens, in tiles.
+fn blocks<W: Product>(
+    ctx: &Context,
+    w: &Weight<'_, W>,
+    mut n: usize,
+    x: &Activations,
+    tokens: Range<usize>,
+    out: &mut [f32],
+) {
+    // Taller tiles for single tokens were tried and are no faster: memory sets the pace.
+    let mut blocks = out.chunks_exact_mut(ROWS * tokens.len());
     for block in &mut blocks {
-        W::block::<ROWS>(ctx, &group.weight, n, x, group.tokens.clone(), block);
+        W::block::<ROWS>(ctx, w, n, x, tokens.clone(), block);
         n += ROWS;
     }
-    for row in blocks.into_remainder().chunks_exact_mut(count) {
-        W::block::<1>(ctx, &group.weight, n, x, group.tokens.clone(), row);
+    for row in blocks.into_remainder().chunks_exact_mut(tokens.len()) {
+        W::block::<1>(ctx, w, n, x, tokens.clone(), row);
         n += 1;
     }
 }
@@ -424,6 +556,11 @@ fn store<T: Float>(groups: &[(Range<usize>, usize)], results: &[f32], out: &mut 
         let count = tokens.len();
         let (mine, later) = rest.split_at(rows * count);
         rest = later;
+        if count == 1 {
+            let row = out.row(tokens.start);
+            row.iter_mut().zip(mine).for_each(|(v, &result)| *v = T::round(result));
+            continue;
+        }
         for t in 0..count {
             let row = out.row(tokens.start + t);
             row.iter_mut().enumerate().for_each(|(n, v)| *v = T::round(mine[n * count + t]));

@@ -22,7 +22,7 @@ mod tests;
 
 pub(crate) use args::{Arg, Args, View, ViewMut};
 pub(crate) use cache::check_starts;
-pub(crate) use simd::Isa;
+pub(crate) use simd::{Isa, fetch};
 
 use hal::op::Routing;
 use hal::{Op, TensorDesc};

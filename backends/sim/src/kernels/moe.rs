@@ -1,7 +1,7 @@
 //! Mixture of experts: choosing experts, sorting token copies, and adding the results up.
 
 use super::number::{Float, sigmoid};
-use super::simd::{Element, LANES, for_vectors, kernel, tail, vector};
+use super::simd::{Element, LANES, for_vectors, kernel, vector};
 use super::{Arg, Args, Context, counted_rows};
 use hal::DType;
 use hal::op::{Gate, MoeCombine, MoePermute};
@@ -156,7 +156,7 @@ kernel! {
             let v = L::load(vector(acc, i)).fma(L::splat(weight), T::load(vector(y, i)));
             acc[i..i + LANES].copy_from_slice(&v.array());
         }, |rest| {
-            let v = L::load(&tail(acc, i)).fma(L::splat(weight), T::load(&tail(y, i)));
+            let v = L::load_some(&acc[i..]).fma(L::splat(weight), T::load_some(&y[i..]));
             acc[i..].copy_from_slice(&v.array()[..rest]);
         });
     }

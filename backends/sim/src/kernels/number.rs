@@ -6,13 +6,24 @@ use half::bf16;
 pub(crate) const E4M3_MAX: f32 = 448.0;
 
 /// E4M3 to FP32, exactly (OCP FP8, 2023: bias 7, no infinities).
-pub(crate) fn decode_e4m3(byte: u8) -> f32 {
+pub(crate) const fn decode_e4m3(byte: u8) -> f32 {
     if byte & 0x7f == 0x7f {
         return f32::NAN;
     }
-    let bits = (u32::from(byte & 0x80) << 24) | (u32::from(byte & 0x7f) << 20);
+    let bits = ((byte & 0x80) as u32) << 24 | ((byte & 0x7f) as u32) << 20;
     f32::from_bits(bits) * f32::from_bits((127 + 120) << 23)
 }
+
+/// The value of every E4M3 byte.
+pub(crate) static E4M3_VALUES: [f32; 256] = {
+    let mut values = [0.0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        values[byte] = decode_e4m3(byte as u8);
+        byte += 1;
+    }
+    values
+};
 
 /// FP32 to E4M3, to nearest even, saturating at ±448; NaN stays NaN.
 #[inline(always)]

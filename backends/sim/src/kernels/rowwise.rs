@@ -1,7 +1,7 @@
 //! Ops that work row by row: norms, conversions, elementwise arithmetic, copies.
 
-use super::number::{E4M3_MAX, Float, decode_e4m3, encode_e4m3, sigmoid};
-use super::simd::{Element, LANES, for_vectors, kernel, sum, tail, vector};
+use super::number::{E4M3_MAX, E4M3_VALUES, Float, encode_e4m3, sigmoid};
+use super::simd::{Element, LANES, for_vectors, kernel, sum, vector};
 use super::{Arg, Args, Context, View, ViewMut, counted_rows};
 use hal::op::{
     Add, BlockGrid, Cast, Copy, Dequantize, GatherRows, Quantize, RmsNorm, ScaleFormat, SwiGlu,
@@ -68,7 +68,7 @@ kernel! {
             let v: L = T::load(vector(x, i));
             acc = acc.fma(v, v);
         }, |_rest| {
-            let v: L = T::load(&tail(x, i));
+            let v: L = T::load_some(&x[i..]);
             acc = acc.fma(v, v);
         });
         sum(acc.array())
@@ -227,9 +227,9 @@ pub(super) fn dequantize(op: &Dequantize<Arg>, args: &mut Args<'_>, ctx: &Contex
 
 kernel! {
     /// `out = w · scale`, by a table of decoded values.
-    fn scale_row<_L, T: Float>(w: &[u8], table: &[f32; 256], scale: f32, out: &mut [T]) {
+    fn scale_row<_L, T: Float>(w: &[u8], scale: f32, out: &mut [T]) {
         for (out, &w) in out.iter_mut().zip(w) {
-            *out = T::round(table[usize::from(w)] * scale);
+            *out = T::round(E4M3_VALUES[usize::from(w)] * scale);
         }
     }
 }
@@ -244,12 +244,11 @@ fn dequantize_as<T: Float>(op: &Dequantize<Arg>, args: &mut Args<'_>, ctx: &Cont
         return;
     }
     let (scale_rows, scale_columns) = (op.grid.scale_rows(rows), op.grid.scale_columns(columns));
-    let table: [f32; 256] = std::array::from_fn(|byte| decode_e4m3(byte as u8));
     let one = |row: usize, w: &[u8], out: &mut [T]| {
         let at = (row / rows * scale_rows + op.grid.scale_row(row % rows, rows)) * scale_columns;
         for (group, &scale) in scales[at..at + scale_columns].iter().enumerate() {
             let range = op.grid.group_columns(group, columns);
-            scale_row(ctx.isa, &w[range.clone()], &table, scale, &mut out[range]);
+            scale_row(ctx.isa, &w[range.clone()], scale, &mut out[range]);
         }
     };
     let pairs = out.par_chunks_exact_mut(columns).zip(w.par_chunks_exact(columns)).enumerate();

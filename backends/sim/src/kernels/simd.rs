@@ -68,6 +68,21 @@ pub(crate) trait Lanes: Copy {
     /// The factor comes from reading the byte as the upper bits of an IEEE half, whose exponent
     /// bias is 8 larger.
     fn load_fp8(values: &[u8; LANES]) -> Self;
+    /// Fewer than 16 values, filled up with zeros.
+    #[inline(always)]
+    fn load_some(values: &[f32]) -> Self {
+        Self::load(&filled_up(values))
+    }
+    /// As [`Lanes::load_some`].
+    #[inline(always)]
+    fn load_some_bf16(values: &[bf16]) -> Self {
+        Self::load_bf16(&filled_up(values))
+    }
+    /// As [`Lanes::load_some`].
+    #[inline(always)]
+    fn load_some_fp8(values: &[u8]) -> Self {
+        Self::load_fp8(&filled_up(values))
+    }
     /// `self + a · b`, rounded once.
     fn fma(self, a: Self, b: Self) -> Self;
     fn array(self) -> [f32; LANES];
@@ -134,9 +149,46 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(crate) struct Avx512(__m512);
 
+    /// A bit for each of so many first lanes.
+    #[inline(always)]
+    fn first(count: usize) -> __mmask16 {
+        debug_assert!(count < LANES);
+        (1 << (count % LANES)) - 1
+    }
+
+    /// 16 FP8 values times 2⁻⁸.
+    ///
+    /// # Safety
+    ///
+    /// AVX-512 exists.
+    #[inline(always)]
+    unsafe fn decode_fp8(bytes: __m128i) -> Avx512 {
+        // SAFETY: the caller's.
+        unsafe {
+            let words = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(bytes));
+            let halves = _mm256_and_si256(words, _mm256_set1_epi16(0xbfff_u16 as i16));
+            Avx512(_mm512_cvtph_ps(halves))
+        }
+    }
+
+    /// 16 BF16 values.
+    ///
+    /// # Safety
+    ///
+    /// AVX-512 exists.
+    #[inline(always)]
+    unsafe fn widen_bf16(words: __m256i) -> Avx512 {
+        // SAFETY: the caller's.
+        unsafe {
+            let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(words));
+            Avx512(_mm512_castsi512_ps(wide))
+        }
+    }
+
     // SAFETY of every block below: these types are used only inside functions that `kernel!`
     // compiles for the instruction set and calls after its detection, so the instructions exist;
-    // loads read the 16 elements of the array reference they are given.
+    // loads read the 16 elements of the array reference they are given, or under a mask the
+    // elements of the slice.
     impl Lanes for Avx512 {
         #[inline(always)]
         fn prefetch<T>(value: &T) {
@@ -159,21 +211,36 @@ mod x86 {
         #[inline(always)]
         fn load_bf16(values: &[bf16; LANES]) -> Self {
             // SAFETY: see above; bf16 is a transparent u16.
-            unsafe {
-                let words = _mm256_loadu_si256(values.as_ptr().cast());
-                let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(words));
-                Avx512(_mm512_castsi512_ps(wide))
-            }
+            unsafe { widen_bf16(_mm256_loadu_si256(values.as_ptr().cast())) }
         }
 
         #[inline(always)]
         fn load_fp8(values: &[u8; LANES]) -> Self {
             // SAFETY: see above.
+            unsafe { decode_fp8(_mm_loadu_si128(values.as_ptr().cast())) }
+        }
+
+        #[inline(always)]
+        fn load_some(values: &[f32]) -> Self {
+            // SAFETY: see above.
+            unsafe { Avx512(_mm512_maskz_loadu_ps(first(values.len()), values.as_ptr())) }
+        }
+
+        #[inline(always)]
+        fn load_some_bf16(values: &[bf16]) -> Self {
+            // SAFETY: see above.
             unsafe {
-                let bytes = _mm_loadu_si128(values.as_ptr().cast());
-                let words = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(bytes));
-                let halves = _mm256_and_si256(words, _mm256_set1_epi16(0xbfff_u16 as i16));
-                Avx512(_mm512_cvtph_ps(halves))
+                let at = values.as_ptr().cast();
+                widen_bf16(_mm256_maskz_loadu_epi16(first(values.len()), at))
+            }
+        }
+
+        #[inline(always)]
+        fn load_some_fp8(values: &[u8]) -> Self {
+            // SAFETY: see above.
+            unsafe {
+                let at = values.as_ptr().cast();
+                decode_fp8(_mm_maskz_loadu_epi8(first(values.len()), at))
             }
         }
 
@@ -294,6 +361,19 @@ mod x86 {
     }
 }
 
+/// Asks for the first bytes of a value, which will be wanted soon.
+pub(crate) fn fetch<T: ?Sized>(value: &T, bytes: usize) {
+    let lines = size_of_val(value).min(bytes).div_ceil(64);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = lines;
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..lines {
+        let at = std::ptr::from_ref(value).cast::<i8>().wrapping_add(line * 64);
+        // SAFETY: a hint that reads nothing; SSE is part of x86-64.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at) }
+    }
+}
+
 /// Adds the lanes: halves, quarters, eighths, pairs.
 #[inline(always)]
 pub(crate) fn sum(v: [f32; LANES]) -> f32 {
@@ -308,6 +388,8 @@ pub(crate) fn sum(v: [f32; LANES]) -> f32 {
 /// An element type that vectors are loaded from.
 pub(crate) trait Element: Copy + Send + Sync + bytemuck::Pod {
     fn load<L: Lanes>(values: &[Self; LANES]) -> L;
+    /// Fewer than 16, filled up with zeros.
+    fn load_some<L: Lanes>(values: &[Self]) -> L;
     fn widen(self) -> f32;
 }
 
@@ -315,6 +397,11 @@ impl Element for f32 {
     #[inline(always)]
     fn load<L: Lanes>(values: &[f32; LANES]) -> L {
         L::load(values)
+    }
+
+    #[inline(always)]
+    fn load_some<L: Lanes>(values: &[f32]) -> L {
+        L::load_some(values)
     }
 
     #[inline(always)]
@@ -330,6 +417,11 @@ impl Element for bf16 {
     }
 
     #[inline(always)]
+    fn load_some<L: Lanes>(values: &[bf16]) -> L {
+        L::load_some_bf16(values)
+    }
+
+    #[inline(always)]
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
@@ -340,6 +432,11 @@ impl Element for u8 {
     #[inline(always)]
     fn load<L: Lanes>(values: &[u8; LANES]) -> L {
         L::load_fp8(values)
+    }
+
+    #[inline(always)]
+    fn load_some<L: Lanes>(values: &[u8]) -> L {
+        L::load_some_fp8(values)
     }
 
     #[inline(always)]
@@ -373,11 +470,11 @@ pub(crate) fn vector<T>(slice: &[T], at: usize) -> &[T; LANES] {
     slice[at..at + LANES].as_array().unwrap_or_else(|| unreachable!("16 elements were sliced"))
 }
 
-/// The elements from `at`, fewer than 16 of them, filled up with zeros.
+/// Fewer than 16 elements, filled up with zeros.
 #[inline(always)]
-pub(crate) fn tail<T: Element>(slice: &[T], at: usize) -> [T; LANES] {
+fn filled_up<T: bytemuck::Zeroable + Copy>(values: &[T]) -> [T; LANES] {
     let mut out = [T::zeroed(); LANES];
-    out[..slice.len() - at].copy_from_slice(&slice[at..]);
+    out[..values.len()].copy_from_slice(values);
     out
 }
 

@@ -1,10 +1,11 @@
 //! Simulated streams: queues that worker threads drain.
 //!
 //! [`queue`] is the state of one stream and how it advances; [`timeline`] how far it has come;
-//! [`work`] is what a queued command is
-//! and how it is carried out; [`list`] launches many of them at once. This file is the [`Stream`] that callers see.
+//! [`work`] is what a queued command is and how it is carried out; [`list`] launches many of them
+//! at once, [`prepared`] for launches to come. This file is the [`Stream`] that callers see.
 
 mod list;
+mod prepared;
 mod queue;
 mod timeline;
 mod work;
@@ -21,7 +22,7 @@ use crate::{cost::Path, kernels};
 use hal::op::Access;
 use hal::trace::CommandKind;
 use hal::{
-    Buffer, Collective, Command, Communicator, Error, Label, LinkKind, Operand, Point, Region,
+    Buffer, Collective, Command, Communicator, Error, Label, LinkKind, Op, Operand, Point, Region,
     Result, Stream, StreamId, Tensor,
 };
 use parking_lot::Mutex;
@@ -90,7 +91,8 @@ impl SimStream {
         self.shared.submit(CommandKind::Fill, "fill".into(), &touches, work, launch)
     }
 
-    fn launch_op(&self, command: &Command, launch: &Launch) -> Result<u64> {
+    /// An op over the simulator's memory, after checking that it can run.
+    fn resolve_op(&self, command: &Command) -> Result<Op<SimTensor>> {
         if let Err(reason) = kernels::supports(&command.op.desc()) {
             return Err(Error::Unsupported {
                 device: self.shared.id.device,
@@ -98,7 +100,11 @@ impl SimStream {
                 reason,
             });
         }
-        let op = command.op.try_map(|tensor| self.operand(tensor))?;
+        command.op.try_map(|tensor| self.operand(tensor))
+    }
+
+    fn launch_op(&self, command: &Command, launch: &Launch) -> Result<u64> {
+        let op = self.resolve_op(command)?;
         let mut touches = arrayvec::ArrayVec::<Touch<'_>, { crate::memory::MAX_OPERANDS }>::new();
         op.visit(|_, access, t| {
             touches.push(Touch {
@@ -115,15 +121,15 @@ impl SimStream {
         Ok(admitted.push(Work::Op(Box::new(op))))
     }
 
-    fn launch_collectives(
+    /// A batch, which is not empty, over the simulator's memory, after checking that it is this
+    /// die's.
+    fn resolve_collectives<'c>(
         &self,
-        communicator: &Arc<dyn Communicator>,
+        communicator: &'c Arc<dyn Communicator>,
         batch: &[Collective],
         label: &Label,
-        launch: &Launch,
-    ) -> Result<u64> {
-        let Some(first) = batch.first() else { return Ok(self.shared.submitted()) };
-        let kind = CommandKind::Collective(first.kind());
+    ) -> Result<Batch<'c>> {
+        let kind = CommandKind::Collective(batch[0].kind());
         let Some(communicator) = communicator.as_any().downcast_ref::<SimCommunicator>() else {
             return Err(self.misuse(kind, label, "the communicator is another backend's".into()));
         };
@@ -132,6 +138,21 @@ impl SimStream {
             .iter()
             .map(|collective| collective.try_map(|t| self.operand(t)))
             .collect::<Result<Vec<_>>>()?;
+        Ok(Batch { kind, communicator, placed })
+    }
+
+    fn launch_collectives(
+        &self,
+        communicator: &Arc<dyn Communicator>,
+        batch: &[Collective],
+        label: &Label,
+        launch: &Launch,
+    ) -> Result<u64> {
+        if batch.is_empty() {
+            return Ok(self.shared.submitted());
+        }
+        let Batch { kind, communicator, placed } =
+            self.resolve_collectives(communicator, batch, label)?;
         let mut touches = Vec::with_capacity(2 * batch.len());
         for collective in &placed {
             collective.visit(communicator.rank(), |_, access, t| {
@@ -141,6 +162,13 @@ impl SimStream {
         }
         communicator.submit(&self.shared, kind, label, batch, &placed, &touches, launch)
     }
+}
+
+/// A batch of collectives over the simulator's memory.
+struct Batch<'c> {
+    kind: CommandKind,
+    communicator: &'c SimCommunicator,
+    placed: Vec<Collective<SimTensor>>,
 }
 
 impl Stream for SimStream {

@@ -7,6 +7,7 @@
 //! A command that has been carried out is noted with what it costs and what it waited for. When it
 //! would have run, [`crate::clock`] works out when somebody asks.
 
+use super::prepared::Rest;
 use super::work::{Outcome, Work};
 use crate::clock::Carried;
 use crate::collective::Group;
@@ -44,9 +45,9 @@ const MOST_CARRIED: u64 = 1 << 16;
 
 #[derive(Debug)]
 pub(super) struct Queue {
-    pub(super) pending: VecDeque<Pending>,
+    pub(super) pending: VecDeque<Queued>,
     pub(super) activity: Activity,
-    submitted: u64,
+    pub(super) submitted: u64,
     pub(super) failure: Option<Error>,
     /// The sequence number of the last command that was carried out.
     pub(super) completed: u64,
@@ -72,6 +73,17 @@ pub(super) enum Activity {
     Hung(Brief),
 }
 
+impl Activity {
+    /// Whether a worker must be asked, which then is noted.
+    pub(super) fn start(&mut self) -> bool {
+        let idle = matches!(self, Activity::Idle);
+        if idle {
+            *self = Activity::Scheduled;
+        }
+        idle
+    }
+}
+
 /// What messages say about a command.
 #[derive(Clone, Debug)]
 pub(super) struct Brief {
@@ -95,6 +107,28 @@ impl Brief {
     }
 }
 
+/// What a queue holds.
+#[derive(Debug)]
+pub(super) enum Queued {
+    One(Pending),
+    /// What is left of a list; at least one command.
+    List(Rest),
+}
+
+impl Queued {
+    /// What messages say about the next command.
+    pub(super) fn brief(&self) -> Brief {
+        match self {
+            Queued::One(pending) => Brief::of(pending, None),
+            Queued::List(rest) => {
+                let (sequence, command) = rest.peek();
+                let (kind, label) = (command.kind, command.label.clone());
+                Brief { sequence, kind, label, waits_for: None }
+            }
+        }
+    }
+}
+
 /// A command in the queue.
 #[derive(Debug)]
 pub(crate) struct Pending {
@@ -105,6 +139,19 @@ pub(crate) struct Pending {
     pub(crate) issued: u64,
     fault: FaultAction,
     work: Work,
+}
+
+impl Pending {
+    /// A command that no fault rule concerns.
+    pub(super) fn new(
+        sequence: u64,
+        kind: CommandKind,
+        label: Label,
+        issued: u64,
+        work: Work,
+    ) -> Self {
+        Pending { sequence, kind, label, issued, fault: FaultAction::Pass, work }
+    }
 }
 
 /// A command that is the head of its stream and waits for other ranks. Whoever holds it completes
@@ -137,7 +184,10 @@ pub(crate) struct Launch(Cell<Option<u64>>);
 
 impl Launch {
     /// When the host had issued it.
-    fn issued(&self, stream: &StreamShared) -> u64 {
+    pub(super) fn issued(&self, stream: &StreamShared) -> u64 {
+        if !stream.timed() {
+            return 0;
+        }
         self.0.get().unwrap_or_else(|| {
             let cost = stream.system.cost.host_issue();
             let at = stream.die().host_clock.fetch_add(cost, Ordering::Relaxed) + cost;
@@ -164,11 +214,9 @@ impl Admitted<'_> {
     pub(crate) fn push(self, work: Work) -> u64 {
         let Admitted { stream, mut queue, sequence, kind, label, issued, fault } = self;
         queue.submitted = sequence;
-        queue.pending.push_back(Pending { sequence, kind, label, issued, fault, work });
-        let start = matches!(queue.activity, Activity::Idle);
-        if start {
-            queue.activity = Activity::Scheduled;
-        }
+        let pending = Pending { sequence, kind, label, issued, fault, work };
+        queue.pending.push_back(Queued::One(pending));
+        let start = queue.activity.start();
         drop(queue);
         if start {
             stream.schedule();
@@ -181,7 +229,8 @@ impl Admitted<'_> {
     /// Puts the work in front of what was queued since it was admitted, and starts the stream.
     fn push_first(self, work: Work) {
         let Admitted { stream, mut queue, sequence, kind, label, issued, fault } = self;
-        queue.pending.push_front(Pending { sequence, kind, label, issued, fault, work });
+        let pending = Pending { sequence, kind, label, issued, fault, work };
+        queue.pending.push_front(Queued::One(pending));
         drop(queue);
         stream.schedule();
     }
@@ -209,6 +258,15 @@ enum Next {
 enum Flow {
     Continue,
     Stop,
+}
+
+impl Queue {
+    /// As [`StreamShared::takes_part_in`].
+    pub(super) fn takes_part_in(&mut self, group: &Arc<Group>) {
+        if !self.groups.iter().any(|g| Arc::ptr_eq(g, group)) {
+            self.groups.push(group.clone());
+        }
+    }
 }
 
 /// A stream whose command `sequence` waits for `value` of the stream that keeps this.
@@ -286,7 +344,7 @@ impl StreamShared {
     /// Marks fresh memory as written by this stream's last command.
     pub(crate) fn note_allocation(&self, memory: &Memory) {
         let sequence = self.submitted();
-        memory.accesses.lock().note(self.id, sequence, 0..memory.size, true);
+        memory.accesses.lock().log().note(self.id, sequence, 0..memory.size, true);
     }
 
     /// Accepts a command: the stream works, nothing conflicts with it, the host has issued it.
@@ -313,9 +371,9 @@ impl StreamShared {
         }
         for Touch { memory, offset, len, access } in touches {
             let range = *offset..offset + len;
-            memory.accesses.lock().note(self.id, sequence, range, access.writes());
+            memory.accesses.lock().log().note(self.id, sequence, range, access.writes());
         }
-        let issued = if self.timed() { launch.issued(self) } else { 0 };
+        let issued = launch.issued(self);
         let fault = match self.die().faults() {
             Some(plan) => plan.decide(self.id.device, kind.name(), label.as_str()),
             None => FaultAction::Pass,
@@ -337,8 +395,9 @@ impl StreamShared {
 
     fn check_hazard(&self, touch: &Touch<'_>, kind: CommandKind, label: &Label) -> Result<()> {
         let Touch { memory, offset, len, access } = *touch;
-        let (log, range) = (memory.accesses.lock(), offset..offset + len);
-        let conflict = log.conflict(&self.system.order, self.id, &range, access.writes());
+        let (mut accesses, range) = (memory.accesses.lock(), offset..offset + len);
+        let conflict =
+            accesses.log().conflict(&self.system.order, self.id, &range, access.writes());
         let Some(past) = conflict else { return Ok(()) };
         let verb = |writes| if writes { "writes" } else { "reads" };
         let problem = format!(
@@ -413,7 +472,7 @@ impl StreamShared {
     }
 
     /// Asks a worker to drain the stream.
-    fn schedule(self: &Arc<Self>) {
+    pub(super) fn schedule(self: &Arc<Self>) {
         let stream = self.clone();
         self.system.pool.run(move || stream.drain());
     }
@@ -458,7 +517,16 @@ impl StreamShared {
     fn next(&self) -> Next {
         let mut queue = self.queue.lock();
         match queue.pending.pop_front() {
-            Some(pending) if queue.failure.is_none() => Next::Run(pending),
+            Some(next) if queue.failure.is_none() => Next::Run(match next {
+                Queued::One(pending) => pending,
+                Queued::List(mut rest) => {
+                    let pending = rest.next();
+                    if !rest.is_empty() {
+                        queue.pending.push_front(Queued::List(rest));
+                    }
+                    pending
+                }
+            }),
             _ => {
                 queue.activity = Activity::Idle;
                 Next::Done
@@ -482,7 +550,7 @@ impl StreamShared {
                 Outcome::Busy => {
                     // Another command holds the memory (disjoint parts of one buffer): later.
                     pending.work = work;
-                    self.queue.lock().pending.push_front(pending);
+                    self.queue.lock().pending.push_front(Queued::One(pending));
                     self.schedule();
                     Flow::Stop
                 }
@@ -526,7 +594,7 @@ impl StreamShared {
         pending.work = Work::Wait { target: target.clone(), value };
         {
             let mut queue = self.queue.lock();
-            queue.pending.push_front(pending);
+            queue.pending.push_front(Queued::One(pending));
             queue.activity = Activity::Held(brief);
         }
         let mut queue = target.queue.lock();
@@ -647,10 +715,7 @@ impl StreamShared {
 
     /// The stream has work in a communicator: if the stream fails, the communicator does.
     pub(crate) fn takes_part_in(&self, group: &Arc<Group>) {
-        let mut queue = self.queue.lock();
-        if !queue.groups.iter().any(|g| Arc::ptr_eq(g, group)) {
-            queue.groups.push(group.clone());
-        }
+        self.queue.lock().takes_part_in(group);
     }
 
     /// Hands what has been carried out to the clock.

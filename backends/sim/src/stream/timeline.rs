@@ -1,6 +1,6 @@
 //! How far a stream has come: completion times, host waits, and the [`Timeline`] that callers see.
 
-use super::queue::{Activity, Blocker, Brief, Queue, StreamShared};
+use super::queue::{Activity, Blocker, Brief, Queue, Queued, StreamShared};
 use hal::{Clock, Error, Result, StreamId, Stuck, Timeline, Timestamp};
 use std::any::Any;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ impl Queue {
 impl StreamShared {
     /// The oldest unfinished command, unless a worker has it in hand.
     fn oldest(queue: &Queue) -> Option<Brief> {
-        let next = queue.pending.front().map(|p| Brief::of(p, None));
+        let next = queue.pending.front().map(Queued::brief);
         match &queue.activity {
             Activity::Held(brief) | Activity::Hung(brief) => Some(brief.clone()),
             _ => next,

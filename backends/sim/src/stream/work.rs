@@ -1,21 +1,24 @@
 //! What queued commands do when their turn comes.
 
+use super::prepared::Listed;
 use super::queue::StreamShared;
 use crate::collective::Submission;
 use crate::cost::{Cost, Path};
-use crate::kernels::{self, Args};
-use crate::memory::{self, BorrowError, Guards, Memory, SimTensor, Slot, Span};
+use crate::kernels::{self, Arg, Args, fetch};
+use crate::memory::{self, BorrowError, Guards, Memory, Place, SimTensor, Slot, Span, Spans};
 use crate::system::Shared;
-use hal::op::Access;
-use hal::{Cause, Op};
+use hal::op::{Access, AttentionWork, Routing};
+use hal::{Cause, Op, TensorDesc};
 use parking_lot::Mutex;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// The work of a command.
 #[derive(Debug)]
 pub(crate) enum Work {
     /// An op. Boxed: descriptors are large, and queues are better short.
     Op(Box<Op<SimTensor>>),
+    /// An op or a fill of a list.
+    Listed(Listed),
     /// A copy between buffers.
     Transfer { dst: (Arc<Memory>, u64), src: (Arc<Memory>, u64), len: u64, path: Path },
     /// A fill.
@@ -57,21 +60,22 @@ impl Work {
     pub(crate) fn run(&self, system: &Shared) -> Outcome {
         let cost = &system.cost;
         match self {
-            Work::Op(op) => run_op(op, system),
+            Work::Op(op) => {
+                let computed =
+                    system.values(|| compute(&memory::args(op), &memory::spans(op), system));
+                match computed {
+                    Ok(routing) => done(system, || cost.op(&op.desc(), routing)),
+                    Err(outcome) => outcome,
+                }
+            }
+            Work::Listed(listed) => listed.run(system),
             Work::Transfer { dst, src, len, path } => {
                 if let Err(outcome) = system.values(|| transfer(dst, src, *len)) {
                     return outcome;
                 }
                 done(system, || cost.transfer(*len, *path, &system.topology))
             }
-            Work::Fill { memory, offset, len, byte } => {
-                let filled =
-                    || memory.try_write(*offset, *len, |m| m.fill(*byte)).ok_or(Outcome::Busy);
-                if let Err(outcome) = system.values(filled) {
-                    return outcome;
-                }
-                done(system, || cost.fill(*len))
-            }
+            Work::Fill { memory, offset, len, byte } => fill(memory, *offset, *len, *byte, system),
             Work::Write { memory, offset, bytes, len } => {
                 let write = || match bytes.is_empty() {
                     true => Ok(()),
@@ -104,8 +108,8 @@ impl Work {
 
 impl Shared {
     /// Does something to values, where there are values.
-    fn values(&self, f: impl FnOnce() -> Result<(), Outcome>) -> Result<(), Outcome> {
-        if self.mode.functional() { f() } else { Ok(()) }
+    fn values<T: Default>(&self, f: impl FnOnce() -> Result<T, Outcome>) -> Result<T, Outcome> {
+        if self.mode.functional() { f() } else { Ok(T::default()) }
     }
 }
 
@@ -129,23 +133,88 @@ fn transfer(dst: &(Arc<Memory>, u64), src: &(Arc<Memory>, u64), len: u64) -> Res
     Ok(())
 }
 
-fn run_op(op: &Op<SimTensor>, system: &Shared) -> Outcome {
-    let mut routing = None;
-    if system.mode.functional() {
-        let spans = memory::spans(op);
-        let failed = |e: BorrowError| data_failure(&e).map_or(Outcome::Busy, Outcome::Failed);
-        let mut guards = match Guards::lock(&spans) {
-            Ok(guards) => guards,
-            Err(error) => return failed(error),
-        };
-        let slots = match guards.carve(&spans) {
-            Ok(slots) => slots,
-            Err(error) => return failed(error),
-        };
-        match kernels::run(&memory::args(op), &mut Args::new(slots), &system.kernels) {
-            Ok(outcome) => routing = outcome.routing,
-            Err(problem) => return Outcome::Failed(Cause::Data(problem)),
-        }
+/// Sets bytes.
+pub(super) fn fill(memory: &Memory, offset: u64, len: u64, byte: u8, system: &Shared) -> Outcome {
+    let filled = || memory.try_write(offset, len, |m| m.fill(byte)).ok_or(Outcome::Busy);
+    match system.values(filled) {
+        Ok(()) => done(system, || system.cost.fill(len)),
+        Err(outcome) => outcome,
     }
-    done(system, || system.cost.op(&op.desc(), routing))
+}
+
+/// Computes an op's values; what only these could tell about its cost.
+fn compute(
+    args: &Op<Arg>,
+    spans: &[Span<'_>],
+    system: &Shared,
+) -> Result<Option<Routing>, Outcome> {
+    let failed = |e: BorrowError| data_failure(&e).map_or(Outcome::Busy, Outcome::Failed);
+    let mut guards = Guards::lock(spans).map_err(failed)?;
+    let slots = guards.carve(spans).map_err(failed)?;
+    match kernels::run(args, &mut Args::new(slots), &system.kernels) {
+        Ok(outcome) => Ok(outcome.routing),
+        Err(problem) => Err(Outcome::Failed(Cause::Data(problem))),
+    }
+}
+
+/// An op that runs again and again: what each run needs, worked out once.
+#[derive(Debug)]
+pub(super) struct Ready {
+    operands: Box<[Place]>,
+    run: Box<Run>,
+}
+
+/// What does not say where operands lie, in the order in which it is looked at.
+#[derive(Debug)]
+#[repr(C)]
+struct Run {
+    args: Op<Arg>,
+    /// Where neither values nor the launch have a say in it.
+    cost: OnceLock<Cost>,
+    desc: Op<TensorDesc>,
+}
+
+impl Ready {
+    pub(super) fn new(op: &Op<SimTensor>) -> Self {
+        let mut operands = Vec::new();
+        op.visit(|_, access, t| operands.push(Place::new(t, access)));
+        let run = Run { args: memory::args(op), cost: OnceLock::new(), desc: op.desc() };
+        Ready { operands: operands.into(), run: Box::new(run) }
+    }
+
+    /// Asks for what [`Ready::run`] will look at.
+    pub(super) fn fetch(&self) {
+        fetch(&*self.operands, usize::MAX);
+        // Attributes besides the operands seldom take more than one of them.
+        fetch(&*self.run, (self.operands.len() + 1) * size_of::<Arg>());
+        fetch(&self.run.cost, 1);
+    }
+
+    /// As [`Ready::fetch`], for the memory of the operands.
+    pub(super) fn fetch_memory(&self) {
+        self.operands.iter().for_each(Place::fetch);
+    }
+
+    /// Runs it, with this amount of work if it is attention.
+    pub(super) fn run(&self, attention: Option<AttentionWork>, system: &Shared) -> Outcome {
+        let Ready { operands, run } = self;
+        let spans = || operands.iter().map(Place::span).collect::<Spans<'_>>();
+        let routing = match system.values(|| compute(&run.args, &spans(), system)) {
+            Ok(routing) => routing,
+            Err(outcome) => return outcome,
+        };
+        done(system, || match (attention, routing) {
+            (None, None) => *run.cost.get_or_init(|| system.cost.op(&run.desc, None)),
+            (None, routing) => system.cost.op(&run.desc, routing),
+            (Some(work), routing) => {
+                let mut desc = run.desc.clone();
+                match &mut desc {
+                    Op::MlaPrefill(op) => op.work = work,
+                    Op::MlaDecode(op) => op.work = work,
+                    _ => {}
+                }
+                system.cost.op(&desc, routing)
+            }
+        })
+    }
 }
