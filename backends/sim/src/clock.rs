@@ -28,7 +28,7 @@ pub(crate) struct Carried {
     pub(crate) delay: u64,
     pub(crate) step: Step,
     /// What its trace will say, where somebody traces; times are filled in.
-    pub(crate) span: Option<Box<Span>>,
+    pub(crate) span: Option<Span>,
 }
 
 /// See the module.
@@ -41,7 +41,7 @@ pub(crate) struct SimClock {
 struct State {
     timeline: Timeline,
     /// Of each stream, spans without times of commands that have none yet.
-    spans: Vec<VecDeque<Option<Box<Span>>>>,
+    spans: Vec<VecDeque<Option<Span>>>,
 }
 
 impl SimClock {

@@ -630,21 +630,19 @@ impl StreamShared {
             return;
         }
         if self.timed() {
-            let span = self.die().trace().map(|_| {
-                Box::new(Span {
-                    stream: self.id,
-                    sequence: done.sequence,
-                    kind: done.kind,
-                    label: done.label.clone(),
-                    clock: Clock::Simulated,
-                    ready: 0,
-                    start: 0,
-                    end: 0,
-                    operations: cost.operations,
-                    bytes: cost.bytes,
-                    bound: cost.bound,
-                    waited_for: done.waited_for,
-                })
+            let span = self.die().trace().map(|_| Span {
+                stream: self.id,
+                sequence: done.sequence,
+                kind: done.kind,
+                label: done.label.clone(),
+                clock: Clock::Simulated,
+                ready: 0,
+                start: 0,
+                end: 0,
+                operations: cost.operations,
+                bytes: cost.bytes,
+                bound: cost.bound,
+                waited_for: done.waited_for,
             });
             queue.carried.push(Carried { issued: done.issued, delay, step, span });
         }

@@ -64,10 +64,12 @@ pub struct Done {
 #[derive(Debug, Default)]
 pub struct Timeline {
     streams: Vec<Stream>,
-    dies: Vec<Vec<JobIndex>>,
+    dies: Vec<Die>,
     jobs: Vec<Job>,
     free: Vec<JobIndex>,
     agenda: BinaryHeap<Reverse<(u64, Event)>>,
+    /// Streams whose next command is to be looked at.
+    awake: VecDeque<StreamIndex>,
     meets: HashMap<MeetKey, Meeting>,
     pairs: HashMap<PairKey, (StreamIndex, u64, u64)>,
     done: Vec<Done>,
@@ -76,6 +78,13 @@ pub struct Timeline {
 }
 
 type JobIndex = usize;
+
+#[derive(Clone, Debug, Default)]
+struct Die {
+    running: Vec<JobIndex>,
+    /// Streams that have commands which have not ended. While there is one only, nothing is shared.
+    active: u32,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
@@ -131,7 +140,7 @@ struct Meeting {
 impl Timeline {
     /// A timeline of so many dies.
     pub fn new(dies: usize) -> Self {
-        Timeline { dies: vec![Vec::new(); dies], ..Timeline::default() }
+        Timeline { dies: vec![Die::default(); dies], ..Timeline::default() }
     }
 
     /// A new stream of a die.
@@ -154,8 +163,11 @@ impl Timeline {
     /// longer than it should.
     pub fn push(&mut self, stream: StreamIndex, issued: u64, delay: u64, step: Step) {
         let s = &mut self.streams[stream.0 as usize];
+        if s.pending.is_empty() && !s.busy {
+            self.dies[s.die as usize].active += 1;
+            self.awake.push_back(stream);
+        }
         s.pending.push_back((issued, delay, step));
-        self.advance(stream);
     }
 
     /// When a command ended, if it has and is remembered.
@@ -196,7 +208,7 @@ impl Timeline {
         }
         for (_, (stream, ..)) in &pairs {
             if self.pairs_ended(*stream) {
-                self.advance(*stream);
+                self.awake.push_back(*stream);
             }
         }
         !keys.is_empty() || !pairs.is_empty()
@@ -222,6 +234,10 @@ impl Timeline {
 
     /// Carries out the next event; `false` if there is none.
     fn next(&mut self) -> bool {
+        if let Some(stream) = self.awake.pop_front() {
+            self.advance(stream);
+            return true;
+        }
         let Some(Reverse((time, event))) = self.agenda.pop() else { return false };
         match event {
             Event::Start { job } => self.start(job, time),
@@ -231,6 +247,12 @@ impl Timeline {
             Event::End { .. } => {}
         }
         true
+    }
+
+    /// Whether no other stream of its die has anything to run, now or later, that is known: a stream
+    /// by itself need not be played event by event.
+    fn is_alone(&self, stream: StreamIndex) -> bool {
+        self.dies[self.streams[stream.0 as usize].die as usize].active == 1
     }
 
     /// Looks at the head of a stream, and goes on as long as commands end at once.
@@ -244,7 +266,9 @@ impl Timeline {
             s.busy = true;
             let ready = s.now.max(issued);
             match step {
-                Step::Run(cost) if cost.picos == 0 => self.ends(index, ready, ready, ready + delay),
+                Step::Run(cost) if cost.picos == 0 || self.is_alone(index) => {
+                    self.ends(index, ready, ready, ready + cost.picos + delay);
+                }
                 Step::Run(cost) => {
                     let job = self.job(vec![index], cost, ready, vec![(ready, delay)]);
                     self.agenda.push(Reverse((ready, Event::Start { job })));
@@ -263,7 +287,6 @@ impl Timeline {
                 }
                 Step::Meet { key, size, cost } => {
                     self.meet(index, key, size, cost, ready, delay);
-                    return;
                 }
                 Step::Pairs { pairs } => {
                     if !self.exchange(index, &pairs, ready, delay) {
@@ -299,6 +322,14 @@ impl Timeline {
         let Some(Meeting { mut arrived, cost }) = self.meets.remove(&key) else { return };
         arrived.sort_unstable_by_key(|&(stream, ..)| stream);
         let start = arrived.iter().map(|&(_, ready, _)| ready).max().unwrap_or(0);
+        let picos = cost.map_or(0, |cost| cost.picos);
+        if picos == 0 || arrived.iter().all(|&(stream, ..)| self.is_alone(stream)) {
+            for (stream, ready, delay) in arrived {
+                self.ends(stream, ready, start, start + picos + delay);
+                self.awake.push_back(stream);
+            }
+            return;
+        }
         let members: Vec<_> = arrived.iter().map(|&(stream, ..)| stream).collect();
         let arrivals = arrived.iter().map(|&(_, ready, delay)| (ready, delay)).collect();
         let job = self.job(members, cost.unwrap_or(Cost::NOTHING), start, arrivals);
@@ -334,7 +365,7 @@ impl Timeline {
         let ended = self.pairs_ended(index);
         for other in others {
             if other != index && self.pairs_ended(other) {
-                self.advance(other);
+                self.awake.push_back(other);
             }
         }
         ended
@@ -357,6 +388,9 @@ impl Timeline {
         s.now = end;
         s.ended += 1;
         s.ends.push_back(end);
+        if s.pending.is_empty() {
+            self.dies[s.die as usize].active -= 1;
+        }
         let value = s.ended;
         self.done.push(Done { stream: index, value, ready, start, end });
         if s.waiters.is_empty() {
@@ -365,7 +399,7 @@ impl Timeline {
         let woken: Vec<_> = s.waiters.extract_if(.., |&mut (v, _)| v <= value).collect();
         for (_, stream) in woken {
             self.streams[stream.0 as usize].busy = false;
-            self.advance(stream);
+            self.awake.push_back(stream);
         }
     }
 
@@ -394,8 +428,7 @@ impl Timeline {
         let members = std::mem::take(&mut self.jobs[job].members);
         for stream in &members {
             let die = self.streams[stream.0 as usize].die;
-            let running = &mut self.dies[die as usize];
-            running.push(job);
+            self.dies[die as usize].running.push(job);
         }
         self.jobs[job].members = members;
         self.share(job, time);
@@ -408,7 +441,7 @@ impl Timeline {
         let arrivals = std::mem::take(&mut job.arrivals);
         for stream in &members {
             let die = self.streams[stream.0 as usize].die;
-            self.dies[die as usize].retain(|&other| other != index);
+            self.dies[die as usize].running.retain(|&other| other != index);
         }
         self.jobs[index].members = members;
         self.share(index, time);
@@ -417,9 +450,7 @@ impl Timeline {
         for (&stream, (ready, delay)) in members.iter().zip(arrivals) {
             self.ends(stream, ready, start, time + delay);
         }
-        for stream in members {
-            self.advance(stream);
-        }
+        self.awake.extend(members);
     }
 
     /// Shares out the dies of a job anew, since it begins or has ended.
@@ -453,7 +484,7 @@ impl Timeline {
 
     /// Works out what a die would let each of its collectives do.
     fn limit(&mut self, die: u32, changed: &mut Vec<JobIndex>) {
-        let running = &self.dies[die as usize];
+        let running = &self.dies[die as usize].running;
         if !running.iter().any(|&job| self.jobs[job].members.len() > 1) {
             return;
         }
@@ -477,7 +508,7 @@ impl Timeline {
 
     /// Gives a die's own commands what its collectives leave.
     fn rest(&mut self, die: u32, time: u64) {
-        let running = std::mem::take(&mut self.dies[die as usize]);
+        let running = std::mem::take(&mut self.dies[die as usize].running);
         self.claims.clear();
         for &index in &running {
             let job = &self.jobs[index];
@@ -491,7 +522,7 @@ impl Timeline {
                 self.set_rate(index, rate, time);
             }
         }
-        (self.dies[die as usize], self.rates) = (running, rates);
+        (self.dies[die as usize].running, self.rates) = (running, rates);
     }
 
     fn set_rate(&mut self, index: JobIndex, rate: u64, time: u64) {
