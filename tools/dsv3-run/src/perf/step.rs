@@ -3,18 +3,24 @@
 use crate::cli::ParallelArgs;
 use crate::output::{bold, bytes, count, dim, seconds};
 use crate::source;
+use crate::trace::{self, Tracing};
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use hal::Topology;
+use hal::{DeviceId, StreamId, Topology};
 use model::config::ModelConfig;
 use model::engine::EngineOptions;
 use model::numerics::Numerics;
 use model::plan::ParallelPlan;
-use perf::{Estimate, Estimator, Folding, Part, Phase, Routing, RoutingError, Workload};
+use model::schedule::{COMMUNICATION, COMPUTE};
+use perf::{
+    Estimate, Estimator, Folding, Part, Phase, Routing, RoutingError, TracedRank, Workload,
+};
+use report::trace::Names;
 use serde_json::json;
 use sim::Machine;
 use sim::cost::question::Moved;
 use std::io::Write;
+use std::path::PathBuf;
 use std::time::Instant;
 
 pub(crate) const EXAMPLES: &str = "\
@@ -84,6 +90,12 @@ pub(crate) struct StepArgs {
     /// Play every rank and every layer instead of one of each kind: slower, the same picoseconds.
     #[arg(long)]
     no_folding: bool,
+    /// Write what would run when, command by command and layer by layer, to a file for
+    /// ui.perfetto.dev or chrome://tracing: a process per rank that was played, whose name says for
+    /// how many it stands (every rank with --no-folding), and a thread per stream. Some 300 bytes a
+    /// command.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Print one JSON object and nothing else.
     #[arg(long)]
     json: bool,
@@ -177,6 +189,7 @@ pub(crate) fn routing(text: &str, experts: usize) -> anyhow::Result<Routing> {
 pub(crate) fn run(args: &StepArgs) -> anyhow::Result<()> {
     let began = Instant::now();
     let asked = args.asked()?;
+    let trace = args.trace.as_deref().map(Tracing::create).transpose()?;
     let Asked { config, machine, plan, options, workload } = &asked;
     let estimator = Estimator::new(machine, plan.ranks())?;
     let folding = match args.no_folding {
@@ -185,6 +198,11 @@ pub(crate) fn run(args: &StepArgs) -> anyhow::Result<()> {
     };
     let told = estimator.step(config, plan, options, workload, folding)?;
     let took = began.elapsed().as_secs_f64();
+    if let Some(trace) = trace {
+        let sink = trace.sink();
+        let ranks = estimator.trace(config, plan, options, workload, args.no_folding, sink)?;
+        trace.finish(&names(&asked, &ranks))?;
+    }
     let moved = match args.no_sensitivity {
         true => Vec::new(),
         false => perf::sensitivity(machine, config, plan, options, workload, told.step_ms),
@@ -217,6 +235,26 @@ pub(crate) fn run(args: &StepArgs) -> anyhow::Result<()> {
     let text =
         Text { asked: &asked, told: &told, moved: &moved, sensitivity: !args.no_sensitivity };
     text.write(took, &mut out)
+}
+
+/// What the trace of a step calls its ranks.
+fn names(asked: &Asked, ranks: &[TracedRank]) -> Names {
+    let machine = asked.machine.name.clone();
+    let about = [("machine", machine), ("backend", "sim".into()), ("clock", "simulated".into())];
+    let mut names = Names { about: trace::about(about), ..Names::default() };
+    for &TracedRank { rank, placement, stands_for } in ranks {
+        let device = DeviceId(rank as u32);
+        names.dies.insert(device, placement);
+        let note = match stands_for {
+            1 => "stands for itself".to_string(),
+            many => format!("stands for {many} ranks"),
+        };
+        names.notes.insert(device, note);
+        for (lane, name) in [(COMPUTE, "compute"), (COMMUNICATION, "communication")] {
+            names.streams.insert(StreamId { device, index: lane as u32 }, name.to_string());
+        }
+    }
+    names
 }
 
 struct Text<'a> {
