@@ -13,7 +13,7 @@ use hal::trace::TraceSink;
 use hal::{DeviceId, Topology};
 use model::config::ModelConfig;
 use model::engine::EngineOptions;
-use model::plan::ParallelPlan;
+use model::plan::{ParallelOptions, ParallelPlan};
 use model::weights::{self, PlanOptions};
 use serde::Serialize;
 use sim::Machine;
@@ -88,6 +88,20 @@ pub enum PerfError {
         /// What would fit.
         advice: String,
     },
+}
+
+impl PerfError {
+    /// Where the text has a step's own sizes: what is the same for all steps that fail alike.
+    pub(crate) fn short(&self) -> Option<String> {
+        let PerfError::DoesNotFit { machine, capacity_gib, weights_gib, .. } = self else {
+            return None;
+        };
+        let what = match weights_gib > capacity_gib {
+            true => "the weights alone do",
+            false => "weights, KV cache and workspace together do",
+        };
+        Some(format!("{what} not fit in the {capacity_gib:.1} GiB of a die of {machine}"))
+    }
 }
 
 /// What a step takes of a die.
@@ -375,7 +389,7 @@ impl Estimator {
         if tokens * plan.options().data as f64 > f64::from(most) {
             let expected = format!("at most {most} over all data ranks");
             return Err(PerfError::Size {
-                what: "tokens of a step",
+                what: "the number of a step's tokens",
                 value: tokens.to_string(),
                 expected,
             });
@@ -384,7 +398,7 @@ impl Estimator {
         if longest > limit {
             let expected = format!("at most {limit} tokens, the model's context");
             return Err(PerfError::Size {
-                what: "the sequence",
+                what: "the length of a sequence",
                 value: longest.to_string(),
                 expected,
             });
@@ -434,11 +448,18 @@ impl Estimator {
         let each = most.cache / workload.sequences() as u64;
         let advice = match capacity.checked_sub(fixed).map(|left| left / each.max(1)) {
             None if most.weights > capacity => {
-                "the weights alone do not fit: spread them over more dies".to_string()
+                // No plan needs fewer: it holds each weight at least once.
+                let one = ParallelPlan::new(config, ParallelOptions::default());
+                let planned = PlanOptions {
+                    numerics: options.numerics,
+                    mtp: workload.mtp,
+                    positions: options.max_model_len,
+                };
+                let whole = one.map_or(0, |p| weights::plan(config, &p.rank(0), planned).bytes());
+                let least = whole.div_ceil(capacity).max(folded.of_rank.len() as u64 + 1);
+                format!("the weights alone do not fit: spread them over at least {least} dies")
             }
-            None => {
-                "the step's scratch does not fit beside the weights: fewer tokens a step".into()
-            }
+            None => "the workspace does not fit beside the weights: fewer tokens a step".into(),
             Some(0) => {
                 "not even one sequence of this length fits: a shorter one, or more dies".into()
             }
