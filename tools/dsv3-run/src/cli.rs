@@ -44,6 +44,7 @@ Examples:
   dsv3-run checkpoint inspect DIR                        is this checkpoint complete?
   dsv3-run conformance --filter \"collectives/*\"         does the backend keep the contract?
   dsv3-run perf op --machine h800 gemm --m 64 --n 7168 --k 2048
+  dsv3-run perf step --tensor-parallel-size 32           the true 671B: how long would a step take?
 
 Exit status: 0 success, 1 the run failed (device, runtime), 2 unusable input.";
 
@@ -63,7 +64,8 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: CheckpointCommand,
     },
-    /// How long one die or machine takes: operations, and published measurements against the model.
+    /// How fast it would be: an operation, a step of the model, many steps; and published
+    /// measurements against these times.
     Perf {
         #[command(subcommand)]
         command: crate::perf::PerfCommand,

@@ -111,6 +111,11 @@ pub(crate) fn count(n: f64) -> String {
     format!("{}{unit}", three_digits(value))
 }
 
+/// So many of a thing.
+pub(crate) fn plural(n: usize, what: &str) -> String {
+    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
+}
+
 fn three_digits(value: f64) -> String {
     match value {
         v if v >= 100.0 || v == v.trunc() && v >= 10.0 => format!("{v:.0}"),

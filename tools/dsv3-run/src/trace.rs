@@ -42,11 +42,21 @@ impl Tracing {
             system.timing != Some(Switch::Off),
             "--trace says when each command ran, and with --timing off there are no times"
         );
+        Tracing::create(path).map(Some)
+    }
+
+    /// Begins the file.
+    pub(crate) fn create(path: &Path) -> anyhow::Result<Tracing> {
         let what = || format!("--trace {}", path.display());
         let file = PartialFile::create(path).with_context(what)?;
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
         let log = SpanLog::new(folder.unwrap_or(Path::new("."))).with_context(what)?;
-        Ok(Some(Tracing { log: Arc::new(log), file }))
+        Ok(Tracing { log: Arc::new(log), file })
+    }
+
+    /// Where spans go.
+    pub(crate) fn sink(&self) -> &dyn TraceSink {
+        &*self.log
     }
 
     /// Makes sure that the devices can be traced at all.
@@ -72,7 +82,7 @@ impl Tracing {
     }
 
     /// Writes the file.
-    fn finish(mut self, names: &Names) -> anyhow::Result<Recorded> {
+    pub(crate) fn finish(mut self, names: &Names) -> anyhow::Result<Recorded> {
         let began = Instant::now();
         let path = self.file.path().to_path_buf();
         let what = || format!("--trace {}", path.display());
@@ -127,10 +137,16 @@ impl Running {
     }
 }
 
+/// What a trace is of, its program first.
+pub(crate) fn about<const N: usize>(what: [(&str, String); N]) -> Vec<(String, String)> {
+    let program = ("program", concat!("dsv3-run ", env!("CARGO_PKG_VERSION")).to_string());
+    let all = std::iter::once(program).chain(what);
+    all.map(|(name, value)| (name.to_string(), value)).collect()
+}
+
 fn names(engine: &Engine) -> Names {
-    let mut names = Names::default();
+    let mut names = Names { about: about([]), ..Names::default() };
     let about = |name: &str, value: String| (name.to_string(), value);
-    names.about.push(about("program", concat!("dsv3-run ", env!("CARGO_PKG_VERSION")).into()));
     if let Some(properties) = engine.devices().next().map(|device| device.properties()) {
         names.about.push(about("machine", properties.name.clone()));
         names.about.push(about("backend", properties.backend.to_string()));

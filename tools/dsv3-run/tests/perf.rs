@@ -156,3 +156,339 @@ fn validation_reports_every_row_and_meets_its_targets() {
         assert!(text.contains(words), "{text:?} lacks {words:?}");
     }
 }
+
+/// The text of a command that is refused as unusable input.
+fn refused(args: &str) -> String {
+    let output = dsv3(args);
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{args}: {text}");
+    assert!(output.stdout.is_empty() && !text.contains("panicked"), "{args}: {text}");
+    text
+}
+
+#[test]
+fn a_step_is_answered_on_every_machine() {
+    for machine in sim::Machine::names() {
+        for (step, latency, other) in [
+            ("--batch 2 --kv 100", "tpot_ms", "ttft_ms"),
+            ("--batch 2 --kv 100 --mtp", "tpot_ms", "ttft_ms"),
+            ("--phase prefill --batch 2 --input-len 50", "ttft_ms", "tpot_ms"),
+        ] {
+            let plan = "--config tiny --tensor-parallel-size 2 --overlap two-batch";
+            let report = json(&format!("perf step --machine {machine} {plan} {step}"));
+            let (step_ms, floor_ms) = (number(&report, "step_ms"), number(&report, "floor_ms"));
+            assert!(floor_ms > 0.0 && step_ms >= floor_ms, "{machine} {step}: {report:#}");
+            assert!(number(&report, latency) > 0.0 && report[other].is_null(), "{report:#}");
+            let (all, each) =
+                (number(&report, "tokens_per_s"), number(&report, "tokens_per_s_per_die"));
+            assert!((all / each - 2.0).abs() < 1e-9, "{report:#}");
+            assert!(number(&report, "memory_bytes_per_die") > 1e6, "{report:#}");
+            let breakdown = &report["breakdown"];
+            for part in ["by_op", "by_layer", "by_bound"] {
+                assert!(!breakdown[part].as_array().unwrap().is_empty(), "{part}: {report:#}");
+            }
+            let busy = number(breakdown, "compute_ms")
+                + number(breakdown, "communication_exposed_ms")
+                + number(breakdown, "idle_ms")
+                + number(breakdown, "host_ms");
+            assert!((busy / step_ms - 1.0).abs() < 1e-6, "{busy} {report:#}");
+            let provenance = &report["provenance"];
+            assert_eq!(provenance["machine"], machine);
+            assert_eq!(provenance["clock"], "simulated");
+            assert!(provenance["assumed"].is_array(), "{report:#}");
+            let moved = provenance["sensitive_to"].as_array().unwrap();
+            for constant in moved {
+                let at_most = number(constant, "halved_ms").max(number(constant, "doubled_ms"));
+                assert!(at_most > 0.0, "{constant}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_large_model_is_above_its_floor_wherever_it_fits() {
+    for machine in sim::Machine::names() {
+        let step = "--tensor-parallel-size 32 --batch 4 --no-sensitivity";
+        let report = json(&format!("perf step --machine {machine} {step}"));
+        assert!(number(&report, "step_ms") >= number(&report, "floor_ms"), "{report:#}");
+        assert_eq!(report["dies"], 32);
+    }
+}
+
+#[test]
+fn people_are_told_what_a_step_is_and_rests_on() {
+    let plan = "--machine h800 --data-parallel-size 16 --expert-parallel --overlap two-batch";
+    let args = format!("perf step {plan} --batch 8 --kv 200 --mtp --routing zipf:0.5");
+    let output = dsv3(&args);
+    let text = String::from_utf8(output.stdout).unwrap();
+    for words in [
+        "for a decode step, simulated on 16 dies of h800",
+        "8 sequences of 200 tokens on each of 16 data ranks; TP1 DP16 EP 2mb MTP, fp8",
+        "TPOT",
+        "85% of the drafted tokens",
+        "of the step: ",
+        "routing zipf:0.5: the most loaded die gets",
+        "MoE layers",
+        "MTP module",
+        "all_to_all_v",
+        "constants are assumed",
+        "all 16 ranks and",
+    ] {
+        assert!(text.contains(words), "{text} lacks {words:?}");
+    }
+    assert!(text.lines().all(|line| line.chars().count() <= 110), "{text}");
+}
+
+#[test]
+fn impossible_steps_are_refused_with_what_would_do() {
+    let tp32 = "--tensor-parallel-size 32";
+    for (args, words) in [
+        (format!("{tp32} --batch 0"), "batch is 0; expected at least 1"),
+        (format!("{tp32} --kv 0"), "kv is 0; expected at least 1"),
+        (format!("{tp32} --batch -3"), "'-3'"),
+        (format!("{tp32} --kv -1"), "'-1'"),
+        (format!("{tp32} --phase prefill --input-len -1"), "'-1'"),
+        (format!("{tp32} --phase prefill --input-len 0"), "input-len is 0"),
+        (format!("{tp32} --phase prefill --kv 5"), "--input-len"),
+        (format!("{tp32} --past 5"), "--phase prefill"),
+        (format!("{tp32} --kv 200000"), "at most 163840 tokens, the model's context"),
+        (format!("{tp32} --acceptance 1.5"), "acceptance is 1.5; expected 0 to 1"),
+        (format!("{tp32} --acceptance -0.5"), "acceptance is -0.5; expected 0 to 1"),
+        (format!("{tp32} --batch 18446744073709551615"), "at most 16777216"),
+        (format!("{tp32} --batch 4096 --kv 4096"), "sequences of this length fit"),
+        (String::new(), "spread them over at least 20 dies"),
+        ("--tensor-parallel-size 0".into(), "at least 1"),
+        ("--tensor-parallel-size 33".into(), "at most 32 dies"),
+        ("--tensor-parallel-size 3000".into(), "tensor 128 is the most"),
+        (format!("{tp32} --routing nope"), "balanced, zipf:S"),
+        (format!("{tp32} --routing zipf:-1"), "S from 0 to 4"),
+        (format!("{tp32} --expert-capacity 0.5"), "at least 1, or worst"),
+        (format!("{tp32} --machine va17"), "va16, h800"),
+        (format!("{tp32} --config no-such"), "deepseek-v3"),
+        (format!("{tp32} --trace no/such/folder/t.json"), "--trace no/such/folder/t.json"),
+        (format!("{tp32} --trace src"), "it is a folder"),
+    ] {
+        let text = refused(&format!("perf step --no-sensitivity {args}"));
+        assert!(text.contains(words), "{args}: {text}");
+    }
+    // What does not fit is told with its sizes.
+    let text = refused("perf step --machine h800 --tensor-parallel-size 16 --batch 200 --kv 8192");
+    for words in ["weights", "KV cache", "workspace", "h800 has 80.0 GiB", "fit on each data rank"]
+    {
+        assert!(text.contains(words), "{text}");
+    }
+}
+
+#[test]
+fn files_that_a_step_needs_are_refused_with_what_is_wrong_in_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let page = include_str!("../../../docs/machine-files.md");
+    let example = page.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
+    let idle = write("idle.toml", &example.replace("value = 5000", "value = 0"));
+    let text = refused(&format!("perf step --config tiny --machine {idle}"));
+    assert!(text.contains("die.memory_gb_s is 0"), "{text}");
+    // va16 has no network, so 64 dies are not joined.
+    let text = refused("perf step --machine va16 --data-parallel-size 64 --expert-parallel");
+    assert!(text.contains("[link.network]"), "{text}");
+    let mut config = std::fs::read_to_string("../../models/tiny-dsv3/config.json").unwrap();
+    config = config.replace("\"num_nextn_predict_layers\": 1", "\"num_nextn_predict_layers\": 0");
+    let no_mtp = write("config.json", &config);
+    let text = refused(&format!("perf step --config {no_mtp} --mtp"));
+    assert!(text.contains("no MTP layer"), "{text}");
+    json(&format!("perf step --config {no_mtp}"));
+    for (file, words) in [
+        ("[1, 2, 3]", "3 counts"),
+        ("[[0, 1], [1, 5000]]", "expert 5000"),
+        ("[-1]", "neither a list of counts nor a list of tokens' experts"),
+        ("{}", "neither a list of counts"),
+        ("[]", "0 counts"),
+        ("[[]]", "all counts of the histogram are 0"),
+    ] {
+        let routing = write("routing.json", file);
+        let text = refused(&format!("perf step --config tiny --routing {routing}"));
+        assert!(text.contains(words), "{file}: {text}");
+    }
+}
+
+#[test]
+fn recorded_routing_is_read_as_counts_and_as_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    let experts = model::config::Preset::Tiny.config().n_routed_experts;
+    // Expert e is chosen e + 1 times.
+    let counts: Vec<u64> = (1..=experts as u64).collect();
+    let mut tokens: Vec<Vec<usize>> = Vec::new();
+    for expert in 0..experts {
+        tokens.extend(std::iter::repeat_n(vec![expert], expert));
+    }
+    tokens.push((0..experts).collect());
+    let step = |name: &str, text: String| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let plan = "--config tiny --data-parallel-size 4 --expert-parallel --batch 8";
+        let routing = path.display();
+        json(&format!("perf step {plan} --no-sensitivity --routing {routing}"))
+    };
+    let by_counts = step("counts.json", serde_json::to_string(&counts).unwrap());
+    let by_tokens = step("tokens.json", serde_json::to_string(&tokens).unwrap());
+    let even = step("even.json", serde_json::to_string(&vec![7; experts]).unwrap());
+    assert!(number(&by_counts, "expert_imbalance") > 1.2, "{by_counts:#}");
+    assert_eq!(by_counts["step_ms"], by_tokens["step_ms"]);
+    assert_eq!(by_counts["expert_imbalance"], by_tokens["expert_imbalance"]);
+    assert_eq!(number(&even, "expert_imbalance"), 1.0);
+    assert!(number(&even, "step_ms") <= number(&by_counts, "step_ms"));
+}
+
+#[test]
+fn a_traced_step_says_for_whom_a_rank_stands_and_changes_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("t.json");
+    let args = "perf step --config tiny --machine h800 --data-parallel-size 4 --expert-parallel \
+                --overlap two-batch --batch 4 --no-sensitivity";
+    let plain = json(args);
+    let traced = json(&format!("{args} --trace {}", path.display()));
+    assert_eq!(plain, traced);
+    let trace = |path: &std::path::Path| -> Vec<Value> {
+        let text = std::fs::read_to_string(path).unwrap();
+        let file: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(file["otherData"]["machine"], "h800");
+        file["traceEvents"].as_array().unwrap().clone()
+    };
+    let named = |events: &[Value], what: &str| -> Vec<String> {
+        let named = events.iter().filter(|e| e["name"] == what);
+        named.map(|e| e["args"]["name"].as_str().unwrap().to_string()).collect()
+    };
+    let events = trace(&path);
+    assert_eq!(named(&events, "process_name"), ["die 0 (card 0, host 0), stands for 4 ranks"]);
+    assert_eq!(named(&events, "thread_name"), ["compute", "communication"]);
+    let all = dir.path().join("all.json");
+    json(&format!("{args} --no-folding --trace {}", all.display()));
+    let events = trace(&all);
+    let processes = named(&events, "process_name");
+    assert_eq!(processes.len(), 4);
+    assert!(processes.iter().all(|name| name.ends_with("stands for itself")), "{processes:?}");
+    assert!(events.iter().any(|e| e["ph"] == "f" && e["name"] != "wait"), "ranks meet");
+    // One that cannot be leaves nothing, and keeps what was there.
+    refused(&format!("perf step --config tiny --batch 0 --trace {}", path.display()));
+    refused(&format!("perf step --trace {}", dir.path().join("none.json").display()));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+}
+
+const SWEEP: &str = r#"
+config = "tiny"
+[[grid]]
+machine = ["va16", "h800"]
+phase = ["decode", "prefill"]
+tensor-parallel-size = [1, 2, 5000]
+batch = [1, 4]
+kv = [64, 2000000]
+input-len = [32]
+"#;
+
+#[test]
+fn a_sweep_is_a_table_a_csv_file_and_json() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("sweep.toml");
+    std::fs::write(&file, SWEEP).unwrap();
+    let (file, csv) = (file.display(), dir.path().join("points.csv"));
+    let output = dsv3(&format!("perf sweep {file} --csv {} --json -", csv.display()));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let points = report["points"].as_array().unwrap();
+    assert_eq!(points.len(), 2 * (4 + 2) * 3);
+    let text = std::fs::read_to_string(&csv).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 1 + points.len());
+    let columns: Vec<&str> = lines[0].split(',').collect();
+    assert_eq!(columns[..4], ["machine", "phase", "batch", "length"]);
+    assert_eq!(columns[columns.len() - 1], "error");
+    let at = |name: &str| columns.iter().position(|c| *c == name).unwrap();
+    for (line, point) in lines[1..].iter().zip(points) {
+        let fields: Vec<&str> = line.split(',').collect();
+        assert_eq!(fields[at("machine")], point["machine"].as_str().unwrap());
+        assert_eq!(fields[at("phase")], point["phase"].as_str().unwrap());
+        let wide = point["tensor_parallel_size"] == 5000;
+        assert_eq!(wide || point["kv"] == 2_000_000, point["error"].is_string(), "{point}");
+        match point["error"].as_str() {
+            Some(error) => {
+                assert!(line.contains(error) && fields[at("step_ms")].is_empty(), "{line}");
+            }
+            None => {
+                assert_eq!(fields.len(), columns.len(), "{line}");
+                let told: f64 = fields[at("step_ms")].parse().unwrap();
+                assert!((told / number(point, "step_ms") - 1.0).abs() < 1e-12, "{line}");
+                assert_eq!(fields[at("dies")], point["dies"].to_string());
+                assert!(fields[at("error")].is_empty());
+            }
+        }
+    }
+    let front = report["pareto"].as_array().unwrap();
+    assert!(!front.is_empty());
+    for at in front {
+        assert_eq!(points[at.as_u64().unwrap() as usize]["phase"], "decode");
+    }
+    assert!(report["provenance"]["assumed"]["va16"].is_array());
+    let json_file = dir.path().join("report.json");
+    let output = dsv3(&format!("perf sweep {file} --threads 1 --json {}", json_file.display()));
+    assert!(output.status.success() && output.stdout.is_empty());
+    let again: Value = serde_json::from_slice(&std::fs::read(json_file).unwrap()).unwrap();
+    assert_eq!(again, report);
+    let text = String::from_utf8(dsv3(&format!("perf sweep {file}")).stdout).unwrap();
+    for words in ["36 points, 16 possible", "impossible: ", "Pareto front", "per user", "prefill"] {
+        assert!(text.contains(words), "{text} lacks {words:?}");
+    }
+}
+
+#[test]
+fn sweeps_that_cannot_be_leave_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let good = write("good.toml", SWEEP);
+    let bad = write("bad.toml", &SWEEP.replace("\"prefill\"", "\"walk\""));
+    let nowhere = dir.path().join("no/such.csv").display().to_string();
+    for (args, words) in [
+        (format!("{bad} --csv {}", dir.path().join("x.csv").display()), "phase \"walk\""),
+        (format!("{good} --csv {nowhere}"), "--csv"),
+        (format!("{good} --json {nowhere}"), "--json"),
+        (format!("{good} --csv {}", dir.path().display()), "it is a folder"),
+        (dir.path().join("absent.toml").display().to_string(), "absent.toml"),
+        (write("machine.toml", &SWEEP.replace("h800", "h801")), "h801"),
+        (write("config.toml", &SWEEP.replace("tiny", "huge")), "huge"),
+    ] {
+        let text = refused(&format!("perf sweep {args}"));
+        assert!(text.contains(words), "{args}: {text}");
+    }
+    let names = || -> Vec<String> {
+        let files = std::fs::read_dir(dir.path()).unwrap();
+        files.map(|f| f.unwrap().file_name().into_string().unwrap()).collect()
+    };
+    assert!(names().iter().all(|name| name.ends_with(".toml")), "{:?}", names());
+    // No point fits: every one is told with its reason all the same, and the status says so.
+    let none = write("none.toml", &SWEEP.replace("[1, 2, 5000]", "[5000]"));
+    let csv = dir.path().join("none.csv");
+    let output = dsv3(&format!("perf sweep {none} --csv {}", csv.display()));
+    assert_eq!(output.status.code(), Some(2));
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error.contains("none of 12 points is possible"), "{error}");
+    assert_eq!(std::fs::read_to_string(csv).unwrap().lines().count(), 13);
+}
+
+#[test]
+fn whole_systems_are_validated() {
+    let report = json("perf validate");
+    let systems = report["systems"].as_array().unwrap();
+    for id in ["V1", "V2"] {
+        let row = systems.iter().find(|row| row["id"] == id).unwrap();
+        let (measured, predicted) = (number(row, "measured"), number(row, "predicted"));
+        assert!((predicted / measured - 1.0).abs() <= 0.10, "{row:#}");
+        assert_eq!(row["comparable"], true);
+    }
+}

@@ -4,6 +4,7 @@ use crate::play::{Program, Run};
 use crate::repeat::Repeated;
 use model::config::ModelConfig;
 use model::graph::Work;
+use report::analysis::{Intervals, LayerKind};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -87,7 +88,7 @@ impl Sums {
         (from, to): (u64, u64),
         weight: f64,
     ) {
-        let (mut compute, mut communication) = (Vec::new(), Vec::new());
+        let (mut compute, mut communication) = (Intervals::default(), Intervals::default());
         for run in runs {
             let (start, end) = (run.start.clamp(from, to), run.end.clamp(from, to));
             let node = &program.graph.nodes()[run.node];
@@ -98,20 +99,20 @@ impl Sums {
                 (part.0, part.1) = (part.0 + picos, part.1 + begins);
             };
             add(&mut self.by_op, node.work.name());
-            add(&mut self.by_layer, layer_kind(config, program, run.node));
+            let layer = LayerKind::of(&node.label, |layer| config.is_moe_layer(layer));
+            add(&mut self.by_layer, layer.name());
             add(&mut self.by_bound, run.bound.name());
             match node.work {
-                Work::Op(_) => compute.push((start, end)),
-                Work::Collectives { .. } => communication.push((start, end)),
+                Work::Op(_) => compute.add(start, end),
+                Work::Collectives { .. } => communication.add(start, end),
             }
         }
-        let (compute, communication) = (union(compute), union(communication));
-        let length = |all: &[(u64, u64)]| all.iter().map(|(a, b)| b - a).sum::<u64>() as f64;
-        let both: Vec<_> = compute.iter().chain(&communication).copied().collect();
-        let busy = length(&union(both));
-        self.compute += weight * length(&compute);
-        self.communication += weight * length(&communication);
-        self.exposed += weight * (busy - length(&compute));
+        let computing = compute.covered() as f64;
+        let communicating = communication.covered() as f64;
+        let busy = compute.and(communication).covered() as f64;
+        self.compute += weight * computing;
+        self.communication += weight * communicating;
+        self.exposed += weight * (busy - computing);
         self.busy += weight * busy;
     }
 
@@ -142,42 +143,5 @@ impl Sums {
             idle_ms: (device_picos as f64 * 1e-9 - ms(self.busy)).max(0.0),
             host_ms: host_picos as f64 * 1e-9,
         }
-    }
-}
-
-fn layer_kind(config: &ModelConfig, program: &Program, node: usize) -> &'static str {
-    let label = &program.graph.nodes()[node].label;
-    match program.layer(node) {
-        Some(layer) if config.is_moe_layer(layer) => "mixture layers",
-        Some(_) => "dense layers",
-        None if label.starts_with("mtp") => "MTP module",
-        None if label.starts_with("embed") => "embedding",
-        None if label.starts_with("send") || label.starts_with("receive") => "between stages",
-        None => "head",
-    }
-}
-
-/// The union of intervals, in order.
-fn union(mut all: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
-    all.retain(|(start, end)| start < end);
-    all.sort_unstable();
-    let mut merged: Vec<(u64, u64)> = Vec::with_capacity(all.len());
-    for (start, end) in all {
-        match merged.last_mut() {
-            Some(last) if start <= last.1 => last.1 = last.1.max(end),
-            _ => merged.push((start, end)),
-        }
-    }
-    merged
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn unions_merge_what_touches() {
-        assert_eq!(union(vec![(5, 7), (1, 3), (2, 4), (7, 9), (8, 8)]), [(1, 4), (5, 9)]);
-        assert_eq!(union(Vec::new()), []);
     }
 }

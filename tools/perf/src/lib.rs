@@ -17,7 +17,7 @@
 //! |---|---|
 //! | what is asked | `workload.rs`, `routing.rs` |
 //! | what each micro-batch looks like | `batch.rs` |
-//! | commands on the timeline | `play.rs` |
+//! | commands on the timeline, and as spans | `play.rs`, `trace.rs` |
 //! | what came out, where the time went, and what bounds it from below | `step.rs`, `breakdown.rs`, `floor.rs` |
 //! | which assumed constants decide | `sensitivity.rs` |
 //! | many steps at once, and the best of them | `sweep.rs` |
@@ -34,6 +34,7 @@ mod routing;
 mod sensitivity;
 mod step;
 mod sweep;
+mod trace;
 mod workload;
 
 pub use breakdown::{Breakdown, Part};
@@ -43,4 +44,5 @@ pub use routing::{Routing, RoutingError};
 pub use sensitivity::sensitivity;
 pub use step::{Estimate, Estimator, Folding, PerfError};
 pub use sweep::{Grid, Outcome, Point, SweepError, on_threads, pareto, run};
+pub use trace::TracedRank;
 pub use workload::{Phase, Workload};

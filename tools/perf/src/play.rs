@@ -3,6 +3,7 @@
 use crate::batch::Module;
 use crate::fold::Folded;
 use crate::routing::Loads;
+use crate::trace::Watch;
 use hal::op::{AttentionWork, Routing};
 use hal::trace::Bound;
 use hal::{CollectiveKind, DeviceId, Op, Operand, TensorDesc, Topology};
@@ -178,7 +179,12 @@ struct Meeting {
 }
 
 /// Plays the programs of the ranks that stand for all.
-pub(crate) fn play(programs: &[Program], folded: &Folded, costs: &Costs<'_>) -> Played {
+pub(crate) fn play(
+    programs: &[Program],
+    folded: &Folded,
+    costs: &Costs<'_>,
+    mut watch: Option<&mut Watch>,
+) -> Played {
     let mut timeline = Timeline::new(programs.len());
     let mut numbers: HashMap<(Group, Vec<u32>), u64> = HashMap::new();
     let mut known: HashMap<(u64, CollectiveKind, u64, u64), Cost> = HashMap::new();
@@ -187,25 +193,32 @@ pub(crate) fn play(programs: &[Program], folded: &Folded, costs: &Costs<'_>) -> 
     for (index, program) in programs.iter().enumerate() {
         let lanes = program.schedule.lanes.max(1);
         let streams: Vec<StreamIndex> = (0..lanes).map(|_| timeline.stream(index as u32)).collect();
+        if let Some(watch) = &mut watch {
+            (0..lanes).for_each(|lane| watch.stream(program.rank.rank, lane));
+        }
         let mut runs: Vec<Vec<Option<Run>>> = vec![Vec::new(); lanes];
         let mut meetings: HashMap<Group, Meeting> = HashMap::new();
         let mut clock = issue;
         // The host sends the inputs, then launches everything at once or command by command.
         let input = costs.model.transfer(program.input_bytes, Path::Host, costs.topology);
-        timeline.push(streams[COMPUTE], clock, 0, Step::Run(input));
+        let step = Step::Run(input);
+        if let Some(watch) = &mut watch {
+            watch.command(streams[COMPUTE], None, &step, input);
+        }
+        timeline.push(streams[COMPUTE], clock, 0, step);
         runs[COMPUTE].push(None);
         if !costs.eager {
             clock += issue;
         }
         let mut values: HashMap<usize, (Lane, u64)> = HashMap::new();
         for item in &program.schedule.items {
-            let (lane, step, run) = match *item {
+            let (lane, step, run, cost) = match *item {
                 Item::Wait { lane, event } => {
                     let (other, value) = match event {
                         WaitFor::Start => (COMPUTE, 1),
                         WaitFor::Node(node) => values[&node],
                     };
-                    (lane, Step::Wait { stream: streams[other], value }, None)
+                    (lane, Step::Wait { stream: streams[other], value }, None, Cost::NOTHING)
                 }
                 Item::Run { lane, node } => {
                     let work = &program.graph.nodes()[node].work;
@@ -230,9 +243,13 @@ pub(crate) fn play(programs: &[Program], folded: &Folded, costs: &Costs<'_>) -> 
                     values.insert(node, (lane, runs[lane].len() as u64 + 1));
                     let Cost { operations, bytes, bound, .. } = cost;
                     let run = Run { node, lane, start: 0, end: 0, operations, bytes, bound };
-                    (lane, step, Some(run))
+                    (lane, step, Some(run), cost)
                 }
             };
+            if let Some(watch) = &mut watch {
+                let node = run.map(|run| &program.graph.nodes()[run.node]);
+                watch.command(streams[lane], node, &step, cost);
+            }
             if costs.eager {
                 clock += issue;
             }
@@ -245,6 +262,9 @@ pub(crate) fn play(programs: &[Program], folded: &Folded, costs: &Costs<'_>) -> 
     let mut end = 0;
     for done in timeline.take_done() {
         end = end.max(done.end);
+        if let Some(watch) = &mut watch {
+            watch.done(&done);
+        }
         let run = &mut of_stream[done.stream.0 as usize].1[done.value as usize - 1];
         if let Some(run) = run {
             (run.start, run.end) = (done.start, done.end);

@@ -6,12 +6,14 @@ use crate::floor::Floor;
 use crate::fold::{Folded, sharers};
 use crate::play::{Costs, Played, Program, play};
 use crate::repeat::{self, Repeated, Shortened};
-use crate::routing::RoutingError;
+use crate::routing::{Loads, RoutingError};
+use crate::trace::{TracedRank, Watch};
 use crate::workload::{Phase, Workload};
-use hal::Topology;
+use hal::trace::TraceSink;
+use hal::{DeviceId, Topology};
 use model::config::ModelConfig;
 use model::engine::EngineOptions;
-use model::plan::ParallelPlan;
+use model::plan::{ParallelOptions, ParallelPlan};
 use model::weights::{self, PlanOptions};
 use serde::Serialize;
 use sim::Machine;
@@ -86,6 +88,20 @@ pub enum PerfError {
         /// What would fit.
         advice: String,
     },
+}
+
+impl PerfError {
+    /// Where the text has a step's own sizes: what is the same for all steps that fail alike.
+    pub(crate) fn short(&self) -> Option<String> {
+        let PerfError::DoesNotFit { machine, capacity_gib, weights_gib, .. } = self else {
+            return None;
+        };
+        let what = match weights_gib > capacity_gib {
+            true => "the weights alone do",
+            false => "weights, KV cache and workspace together do",
+        };
+        Some(format!("{what} not fit in the {capacity_gib:.1} GiB of a die of {machine}"))
+    }
 }
 
 /// What a step takes of a die.
@@ -165,6 +181,69 @@ struct Part {
     end: u64,
 }
 
+/// A step that is to be played, and how.
+struct OneStep<'a> {
+    plan: &'a ParallelPlan,
+    options: &'a EngineOptions,
+    workload: &'a Workload,
+    costs: &'a Costs<'a>,
+    folding: Folding,
+}
+
+/// A step that was played.
+struct Stepped {
+    loads: Loads,
+    folded: Folded,
+    parts: Vec<Part>,
+    memory: Memory,
+}
+
+impl OneStep<'_> {
+    fn part(
+        &self,
+        module: Module,
+        folded: &Folded,
+        watch: Option<&mut Watch>,
+    ) -> Result<Part, PerfError> {
+        let OneStep { plan, options, workload, costs, folding } = *self;
+        let config = costs.config;
+        let batches: Vec<_> = micro_batches(config, plan, options, workload, module)
+            .into_iter()
+            .map(|m| (m.shape, m.work))
+            .collect();
+        let programs = |ranks: &mut dyn Iterator<Item = model::plan::RankPlan>| {
+            ranks
+                .map(|rank| Program::new(config, options, rank, module, &batches))
+                .collect::<Option<Vec<_>>>()
+                .ok_or(PerfError::NoMtp)
+        };
+        if folding.layers && module == Module::Main {
+            let short: Vec<Shortened> =
+                folded.ranks.iter().map(|rank| repeat::shorten(config, rank)).collect();
+            if short.iter().any(|s| s.left_out != [0, 0]) {
+                let programs = programs(&mut short.iter().map(|s| s.rank.clone()))?;
+                let left_out: Vec<_> = short.iter().map(|s| s.left_out).collect();
+                // What is traced has all layers.
+                let played = play(&programs, folded, costs, None);
+                if let Some(repeated) = repeat::find(config, &programs, &left_out, &played) {
+                    // Stages come one after the other: each adds its layers' time once.
+                    let stages = plan.stages().len();
+                    let of_stage = |stage| {
+                        let member = programs.iter().position(|p| p.rank.stage.rank == stage);
+                        member.map_or(0, |m| repeated[m].iter().map(Repeated::picos).sum::<u64>())
+                    };
+                    let end = played.end + (0..stages).map(of_stage).sum::<u64>();
+                    return Ok(Part { programs, played, repeated, end });
+                }
+            }
+        }
+        let programs = programs(&mut folded.ranks.iter().cloned())?;
+        let played = play(&programs, folded, costs, watch);
+        let (repeated, end) = (vec![Vec::new(); programs.len()], played.end);
+        Ok(Part { programs, played, repeated, end })
+    }
+}
+
 impl Estimator {
     /// An estimator of steps over so many dies of a machine, which gets as many hosts as that takes.
     ///
@@ -203,6 +282,58 @@ impl Estimator {
         workload: &Workload,
         folding: Folding,
     ) -> Result<Estimate, PerfError> {
+        let stepped = self.stepped(config, plan, options, workload, folding, None)?;
+        Ok(self.estimate(config, plan, options, workload, &stepped))
+    }
+
+    /// Gives `sink` every command of the step, as a device would that was traced: each layer, and one
+    /// rank of each kind or, with `all_ranks`, all. Returns the ranks. Times begin at 0, and are those
+    /// of [`Estimator::step`]; of collectives of which only one rank is played, one span is given.
+    ///
+    /// # Errors
+    ///
+    /// As [`Estimator::step`]; then `sink` is given nothing.
+    pub fn trace(
+        &self,
+        config: &ModelConfig,
+        plan: &ParallelPlan,
+        options: &EngineOptions,
+        workload: &Workload,
+        all_ranks: bool,
+        sink: &dyn TraceSink,
+    ) -> Result<Vec<TracedRank>, PerfError> {
+        let folding = Folding { ranks: !all_ranks, layers: false };
+        let mut watch = Watch::default();
+        let Stepped { folded, .. } =
+            self.stepped(config, plan, options, workload, folding, Some(&mut watch))?;
+        watch.give(sink);
+        let told = folded.ranks.iter().map(|rank| TracedRank {
+            rank: rank.rank,
+            placement: self.topology.placement(DeviceId(rank.rank as u32)).unwrap_or_default(),
+            stands_for: folded.weight(folded.of_rank[rank.rank]),
+        });
+        Ok(told.collect())
+    }
+
+    fn costs<'a>(
+        &'a self,
+        config: &'a ModelConfig,
+        options: &EngineOptions,
+        loads: &'a Loads,
+    ) -> Costs<'a> {
+        let eager = options.enforce_eager;
+        Costs { config, model: &self.model, topology: &self.topology, loads, eager }
+    }
+
+    fn stepped(
+        &self,
+        config: &ModelConfig,
+        plan: &ParallelPlan,
+        options: &EngineOptions,
+        workload: &Workload,
+        folding: Folding,
+        mut watch: Option<&mut Watch>,
+    ) -> Result<Stepped, PerfError> {
         self.check(config, plan, workload)?;
         let options = EngineOptions {
             max_model_len: workload.longest(),
@@ -214,25 +345,22 @@ impl Estimator {
             true => Folded::new(config, plan, &self.topology, sharers(&self.machine), &loads),
             false => Folded::none(plan),
         };
-        let costs = Costs {
-            config,
-            model: &self.model,
-            topology: &self.topology,
-            loads: &loads,
-            eager: options.enforce_eager,
-        };
-        let mut parts =
-            vec![self.part(plan, &options, workload, Module::Main, &folded, &costs, folding)?];
+        let costs = self.costs(config, &options, &loads);
+        let step = OneStep { plan, options: &options, workload, costs: &costs, folding };
+        let mut parts = vec![step.part(Module::Main, &folded, watch.as_deref_mut())?];
         if workload.drafts() {
+            if let Some(watch) = &mut watch {
+                watch.next_part(parts[0].end + self.model.host_sync());
+            }
             let last = plan.stages().len() - 1;
             let ends = Folded {
                 ranks: folded.ranks.iter().filter(|r| r.stage.rank == last).cloned().collect(),
                 of_rank: folded.of_rank.clone(),
             };
-            parts.push(self.part(plan, &options, workload, Module::Mtp, &ends, &costs, folding)?);
+            parts.push(step.part(Module::Mtp, &ends, watch)?);
         }
         let memory = self.memory(config, &options, workload, &folded, &parts)?;
-        Ok(self.estimate(plan, workload, &folded, &costs, &parts, memory))
+        Ok(Stepped { loads, folded, parts, memory })
     }
 
     fn check(
@@ -261,7 +389,7 @@ impl Estimator {
         if tokens * plan.options().data as f64 > f64::from(most) {
             let expected = format!("at most {most} over all data ranks");
             return Err(PerfError::Size {
-                what: "tokens of a step",
+                what: "the number of a step's tokens",
                 value: tokens.to_string(),
                 expected,
             });
@@ -270,7 +398,7 @@ impl Estimator {
         if longest > limit {
             let expected = format!("at most {limit} tokens, the model's context");
             return Err(PerfError::Size {
-                what: "the sequence",
+                what: "the length of a sequence",
                 value: longest.to_string(),
                 expected,
             });
@@ -283,53 +411,6 @@ impl Estimator {
             return Err(PerfError::NoMtp);
         }
         Ok(())
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "a step, a module of it, and how it is played")]
-    fn part(
-        &self,
-        plan: &ParallelPlan,
-        options: &EngineOptions,
-        workload: &Workload,
-        module: Module,
-        folded: &Folded,
-        costs: &Costs<'_>,
-        folding: Folding,
-    ) -> Result<Part, PerfError> {
-        let config = costs.config;
-        let batches: Vec<_> = micro_batches(config, plan, options, workload, module)
-            .into_iter()
-            .map(|m| (m.shape, m.work))
-            .collect();
-        let programs = |ranks: &mut dyn Iterator<Item = model::plan::RankPlan>| {
-            ranks
-                .map(|rank| Program::new(config, options, rank, module, &batches))
-                .collect::<Option<Vec<_>>>()
-                .ok_or(PerfError::NoMtp)
-        };
-        if folding.layers && module == Module::Main {
-            let short: Vec<Shortened> =
-                folded.ranks.iter().map(|rank| repeat::shorten(config, rank)).collect();
-            if short.iter().any(|s| s.left_out != [0, 0]) {
-                let programs = programs(&mut short.iter().map(|s| s.rank.clone()))?;
-                let left_out: Vec<_> = short.iter().map(|s| s.left_out).collect();
-                let played = play(&programs, folded, costs);
-                if let Some(repeated) = repeat::find(config, &programs, &left_out, &played) {
-                    // Stages come one after the other: each adds its layers' time once.
-                    let stages = plan.stages().len();
-                    let of_stage = |stage| {
-                        let member = programs.iter().position(|p| p.rank.stage.rank == stage);
-                        member.map_or(0, |m| repeated[m].iter().map(Repeated::picos).sum::<u64>())
-                    };
-                    let end = played.end + (0..stages).map(of_stage).sum::<u64>();
-                    return Ok(Part { programs, played, repeated, end });
-                }
-            }
-        }
-        let programs = programs(&mut folded.ranks.iter().cloned())?;
-        let played = play(&programs, folded, costs);
-        let (repeated, end) = (vec![Vec::new(); programs.len()], played.end);
-        Ok(Part { programs, played, repeated, end })
     }
 
     /// What the fullest die holds, or why it cannot.
@@ -367,11 +448,18 @@ impl Estimator {
         let each = most.cache / workload.sequences() as u64;
         let advice = match capacity.checked_sub(fixed).map(|left| left / each.max(1)) {
             None if most.weights > capacity => {
-                "the weights alone do not fit: spread them over more dies".to_string()
+                // No plan needs fewer: it holds each weight at least once.
+                let one = ParallelPlan::new(config, ParallelOptions::default());
+                let planned = PlanOptions {
+                    numerics: options.numerics,
+                    mtp: workload.mtp,
+                    positions: options.max_model_len,
+                };
+                let whole = one.map_or(0, |p| weights::plan(config, &p.rank(0), planned).bytes());
+                let least = whole.div_ceil(capacity).max(folded.of_rank.len() as u64 + 1);
+                format!("the weights alone do not fit: spread them over at least {least} dies")
             }
-            None => {
-                "the step's scratch does not fit beside the weights: fewer tokens a step".into()
-            }
+            None => "the workspace does not fit beside the weights: fewer tokens a step".into(),
             Some(0) => {
                 "not even one sequence of this length fits: a shorter one, or more dies".into()
             }
@@ -391,13 +479,14 @@ impl Estimator {
 
     fn estimate(
         &self,
+        config: &ModelConfig,
         plan: &ParallelPlan,
+        options: &EngineOptions,
         workload: &Workload,
-        folded: &Folded,
-        costs: &Costs<'_>,
-        parts: &[Part],
-        memory: Memory,
+        stepped: &Stepped,
     ) -> Estimate {
+        let Stepped { loads, folded, parts, memory } = stepped;
+        let costs = &self.costs(config, options, loads);
         let (issue, sync) = (self.model.host_issue(), self.model.host_sync());
         let between = (self.machine.launch.step_us.value * 1e6) as u64;
         let mut sums = Sums::default();
@@ -407,7 +496,7 @@ impl Estimator {
             for (at, program) in part.programs.iter().enumerate() {
                 let weight = folded.weight(folded.of_rank[program.rank.rank]) as f64;
                 let repeated = &part.repeated[at];
-                sums.add(costs.config, program, &part.played.runs[at], repeated, weight);
+                sums.add(config, program, &part.played.runs[at], repeated, weight);
                 most = most.max(Floor::of(&self.machine, program, repeated, costs));
             }
             floor = floor.plus(most);
@@ -431,7 +520,7 @@ impl Estimator {
             tokens_per_s_per_user: decode.then_some(each / seconds),
             dies,
             memory_bytes_per_die: memory.total(),
-            memory,
+            memory: *memory,
             communication_hidden_share: breakdown.hidden_share(),
             breakdown,
             floor,

@@ -1,7 +1,7 @@
 //! Many steps at once: grids over machines, plans, batches and lengths.
 
-use crate::routing::Routing;
-use crate::step::{Estimate, Estimator, Folding};
+use crate::routing::{Routing, RoutingError};
+use crate::step::{Estimate, Estimator, Folding, PerfError};
 use crate::workload::{Phase, Workload};
 use model::config::ModelConfig;
 use model::engine::{EngineOptions, Overlap};
@@ -147,6 +147,9 @@ pub struct Outcome {
     /// Or why it has none: a plan that breaks a rule, or does not fit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// The reason without the point's own numbers: the same for all points that fail alike.
+    #[serde(skip)]
+    pub reason: Option<String>,
 }
 
 impl Grid {
@@ -163,12 +166,8 @@ impl Grid {
             return Err(SweepError::TooMany { points: size, most: MOST });
         }
         for (number, grid) in file.grid.iter().enumerate() {
-            let before = points.len();
             grid.points(&mut points)
                 .map_err(|problem| SweepError::Parse(format!("grid {}: {problem}", number + 1)))?;
-            if points.len() == before {
-                return Err(SweepError::Parse(format!("grid {} has no points", number + 1)));
-            }
         }
         Ok((file.config, points))
     }
@@ -193,15 +192,51 @@ impl Grid {
         .fold(1, usize::saturating_mul)
     }
 
+    /// Refuses lists that make no points, and numbers that no plan or step has.
+    fn check(&self) -> Result<(), String> {
+        let counts = [
+            ("tensor-parallel-size", &self.tensor_parallel_size),
+            ("pipeline-parallel-size", &self.pipeline_parallel_size),
+            ("data-parallel-size", &self.data_parallel_size),
+            ("batch", &self.batch),
+            ("kv", &self.kv),
+            ("input-len", &self.input_len),
+        ];
+        let lengths = [
+            ("machine", self.machine.len()),
+            ("phase", self.phase.len()),
+            ("expert-parallel", self.expert_parallel.len()),
+            ("overlap", self.overlap.len()),
+            ("numerics", self.numerics.len()),
+            ("mtp", self.mtp.len()),
+            ("acceptance", self.acceptance.len()),
+            ("routing", self.routing.len()),
+        ];
+        // Each phase asks for its own list of lengths.
+        let counted = counts.iter().filter(|(name, _)| !["kv", "input-len"].contains(name));
+        let mut all = lengths.into_iter().chain(counted.map(|(name, list)| (*name, list.len())));
+        if let Some((name, _)) = all.find(|(_, length)| *length == 0) {
+            return Err(format!("the list {name} is empty"));
+        }
+        if let Some((name, _)) = counts.iter().find(|(_, list)| list.contains(&0)) {
+            return Err(format!("{name} has a 0; expected at least 1"));
+        }
+        if let Some(bad) = self.acceptance.iter().find(|share| !(0.0..=1.0).contains(*share)) {
+            return Err(format!("acceptance {bad}; expected 0 to 1"));
+        }
+        Ok(())
+    }
+
     fn points(&self, all: &mut Vec<Point>) -> Result<(), String> {
+        self.check()?;
         for overlap in &self.overlap {
             parse_overlap(overlap)?;
         }
         for numerics in &self.numerics {
-            numerics.parse::<Numerics>().map_err(|e| e.to_string())?;
+            numerics.parse::<Numerics>().map_err(|e| format!("numerics: {e}"))?;
         }
         for routing in &self.routing {
-            routing.parse::<Routing>().map_err(|e| e.to_string())?;
+            routing.parse::<Routing>().map_err(|e| format!("routing: {e}"))?;
         }
         let phases = self.phases()?;
         // The last list changes fastest.
@@ -312,14 +347,15 @@ pub fn run(
         .map(|point| {
             let outcome = match &estimators[&(point.machine.as_str(), point.dies())] {
                 Ok(estimator) => point.estimate(config, estimator),
-                Err(problem) => Err(problem.clone()),
+                Err(problem) => Err(Impossible::rule(problem)),
             };
             done(count.fetch_add(1, Ordering::Relaxed) + 1);
-            let (estimate, error) = match outcome {
+            let (estimate, why) = match outcome {
                 Ok(estimate) => (Some(estimate), None),
-                Err(problem) => (None, Some(problem)),
+                Err(why) => (None, Some(why)),
             };
-            Outcome { point: point.clone(), estimate, error }
+            let (error, reason) = why.map(|why| (why.error, why.reason)).unzip();
+            Outcome { point: point.clone(), estimate, error, reason }
         })
         .collect()
 }
@@ -336,6 +372,29 @@ pub fn on_threads<T: Send>(
     Ok(rayon::ThreadPoolBuilder::new().num_threads(threads).build()?.install(work))
 }
 
+/// Why a point has no time: in full, and as it is said of all that are alike.
+struct Impossible {
+    error: String,
+    reason: String,
+}
+
+impl Impossible {
+    /// What is wrong, then after a semicolon what would be right.
+    fn rule(error: &impl ToString) -> Self {
+        let error = error.to_string();
+        let reason = error.split(';').next().unwrap_or_default().to_string();
+        Impossible { error, reason }
+    }
+
+    fn step(error: &PerfError) -> Self {
+        let whole = Impossible::rule(error);
+        match error.short() {
+            Some(reason) => Impossible { reason, ..whole },
+            None => whole,
+        }
+    }
+}
+
 impl Point {
     fn dies(&self) -> usize {
         let degrees =
@@ -343,7 +402,11 @@ impl Point {
         degrees.into_iter().fold(1, usize::saturating_mul)
     }
 
-    fn estimate(&self, config: &ModelConfig, estimator: &Estimator) -> Result<Estimate, String> {
+    fn estimate(
+        &self,
+        config: &ModelConfig,
+        estimator: &Estimator,
+    ) -> Result<Estimate, Impossible> {
         let per_host = estimator.machine().dies_per_host() as usize;
         let parallel = ParallelOptions {
             tensor: self.tensor_parallel_size,
@@ -353,10 +416,10 @@ impl Point {
             redundant_experts: None,
             ranks_per_node: (per_host < self.dies()).then_some(per_host),
         };
-        let plan = ParallelPlan::new(config, parallel).map_err(|e| e.to_string())?;
+        let plan = ParallelPlan::new(config, parallel).map_err(|e| Impossible::rule(&e))?;
         let options = EngineOptions {
-            numerics: self.numerics.parse::<Numerics>().map_err(|e| e.to_string())?,
-            overlap: parse_overlap(&self.overlap)?,
+            numerics: self.numerics.parse::<Numerics>().map_err(|e| Impossible::rule(&e))?,
+            overlap: parse_overlap(&self.overlap).map_err(|e| Impossible::rule(&e))?,
             expert_capacity: Some(1.25),
             ..EngineOptions::default()
         };
@@ -364,10 +427,10 @@ impl Point {
             phase: self.phase,
             mtp: self.mtp,
             acceptance: self.acceptance,
-            routing: self.routing.parse().map_err(|e: crate::RoutingError| e.to_string())?,
+            routing: self.routing.parse().map_err(|e: RoutingError| Impossible::rule(&e))?,
         };
         let told = estimator.step(config, &plan, &options, &workload, Folding::default());
-        told.map_err(|e| e.to_string())
+        told.map_err(|e| Impossible::step(&e))
     }
 }
 

@@ -82,6 +82,7 @@ fn two_names() -> Names {
         dies: [0, 1].map(placed).into(),
         streams: [0, 1].into_iter().flat_map(named).collect(),
         about: vec![("machine".to_string(), "two dies".to_string())],
+        ..Names::default()
     }
 }
 
@@ -99,6 +100,14 @@ fn a_small_trace_is_this_to_the_byte() {
 fn nothing_gives_an_empty_trace() {
     let text = traced(&[], &Names::default());
     assert!(text.contains("\"traceEvents\":[\n]"), "{text}");
+}
+
+#[test]
+fn a_note_follows_the_name_of_a_die() {
+    let notes = [(DeviceId(1), "for 7 more".to_string())].into();
+    let text = traced(&two_ranks(), &Names { notes, ..two_names() });
+    assert!(text.contains("\"die 0 (card 0, host 0)\""), "{text}");
+    assert!(text.contains("\"die 1 (card 1, host 0), for 7 more\""), "{text}");
 }
 
 #[test]

@@ -1,30 +1,38 @@
 //! `perf step`: one step of the model on a whole machine.
 
-use crate::cli::ParallelArgs;
-use crate::output::{bold, bytes, count, dim, seconds};
+use super::plan_name;
+use crate::cli::{Overlap, ParallelArgs};
+use crate::output::{bold, bytes, count, dim, plural, seconds};
 use crate::source;
-use anyhow::Context;
+use crate::trace::{self, Tracing};
+use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
-use hal::Topology;
+use hal::{DeviceId, StreamId, Topology};
 use model::config::ModelConfig;
 use model::engine::EngineOptions;
 use model::numerics::Numerics;
 use model::plan::ParallelPlan;
-use perf::{Estimate, Estimator, Folding, Part, Phase, Routing, RoutingError, Workload};
+use model::schedule::{COMMUNICATION, COMPUTE};
+use perf::{
+    Estimate, Estimator, Folding, Part, Phase, Routing, RoutingError, TracedRank, Workload,
+};
+use report::trace::Names;
 use serde_json::json;
 use sim::Machine;
 use sim::cost::question::Moved;
 use std::io::Write;
+use std::path::PathBuf;
 use std::time::Instant;
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
-  dsv3-run perf step --tensor-parallel-size 32                       V3 on 32 dies of va16, a decode step
-  dsv3-run perf step --phase prefill --input-len 1024 --tensor-parallel-size 32
+  dsv3-run perf step --tensor-parallel-size 32             a decode step of V3 on 32 dies of va16
+  dsv3-run perf step --tensor-parallel-size 32 --phase prefill --input-len 4096
   dsv3-run perf step --machine h800 --data-parallel-size 128 --expert-parallel \\
-      --overlap two-batch --batch 128 --kv 4096                      DeepSeek's decode deployment
-  dsv3-run perf step --machine h800 --data-parallel-size 32 --expert-parallel \\
-      --overlap two-batch --phase prefill --batch 4 --input-len 4096 --routing zipf:0.5
+      --overlap two-batch --batch 128 --kv 4096            much as DeepSeek decodes
+  dsv3-run perf step --machine h800 --data-parallel-size 32 --expert-parallel --batch 64 \\
+      --mtp --routing zipf:0.5                             drafting, and unevenly loaded experts
+  dsv3-run perf step --tensor-parallel-size 32 --trace t.json      to look at in ui.perfetto.dev
 
 The same graph, plan and schedule that a card would be given, played on the simulator's timeline.
 Exit status: 0 success, 2 the step is impossible or does not fit.";
@@ -48,17 +56,17 @@ pub(crate) struct StepArgs {
     #[arg(long, value_enum, default_value = "decode")]
     phase: PhaseName,
     /// Sequences of each data rank.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     batch: usize,
-    /// Of decode: tokens that each sequence has, the new one included.
-    #[arg(long, value_name = "TOKENS", default_value_t = 1024)]
-    kv: usize,
-    /// Of prefill: new tokens of each prompt.
-    #[arg(long, value_name = "TOKENS", default_value_t = 1024)]
-    input_len: usize,
-    /// Of prefill: tokens of each prompt that are cached already.
-    #[arg(long, value_name = "TOKENS", default_value_t = 0)]
-    past: usize,
+    /// Of decode: tokens that each sequence has, the new one included; 1024 by default.
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
+    kv: Option<usize>,
+    /// Of prefill: new tokens of each prompt; 1024 by default.
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
+    input_len: Option<usize>,
+    /// Of prefill: tokens of each prompt that are cached already; none by default.
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true)]
+    past: Option<usize>,
     /// fp8, bf16 or f32.
     #[arg(long, default_value = "fp8", value_name = "fp8|bf16|f32")]
     numerics: Numerics,
@@ -84,6 +92,12 @@ pub(crate) struct StepArgs {
     /// Play every rank and every layer instead of one of each kind: slower, the same picoseconds.
     #[arg(long)]
     no_folding: bool,
+    /// Write what would run when, command by command and layer by layer, to a file for
+    /// ui.perfetto.dev or chrome://tracing: a process per rank that was played, whose name says for
+    /// how many it stands (every rank with --no-folding), and a thread per stream. Some 300 bytes a
+    /// command.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Print one JSON object and nothing else.
     #[arg(long)]
     json: bool,
@@ -104,9 +118,20 @@ impl StepArgs {
         let machine = Machine::load(&self.machine)?;
         let plan = plan(&self.parallel, &config, &machine)?;
         let phase = match self.phase {
-            PhaseName::Decode => Phase::Decode { batch: self.batch, kv: self.kv },
+            PhaseName::Decode => {
+                ensure!(
+                    self.input_len.is_none() && self.past.is_none(),
+                    "--input-len and --past are for --phase prefill; a decode step has --kv"
+                );
+                Phase::Decode { batch: self.batch, kv: self.kv.unwrap_or(1024) }
+            }
             PhaseName::Prefill => {
-                Phase::Prefill { batch: self.batch, input_len: self.input_len, past: self.past }
+                ensure!(
+                    self.kv.is_none(),
+                    "--kv is for --phase decode; a prefill step has --input-len and --past"
+                );
+                let (input_len, past) = (self.input_len.unwrap_or(1024), self.past.unwrap_or(0));
+                Phase::Prefill { batch: self.batch, input_len, past }
             }
         };
         let options = EngineOptions {
@@ -177,6 +202,7 @@ pub(crate) fn routing(text: &str, experts: usize) -> anyhow::Result<Routing> {
 pub(crate) fn run(args: &StepArgs) -> anyhow::Result<()> {
     let began = Instant::now();
     let asked = args.asked()?;
+    let trace = args.trace.as_deref().map(Tracing::create).transpose()?;
     let Asked { config, machine, plan, options, workload } = &asked;
     let estimator = Estimator::new(machine, plan.ranks())?;
     let folding = match args.no_folding {
@@ -185,6 +211,11 @@ pub(crate) fn run(args: &StepArgs) -> anyhow::Result<()> {
     };
     let told = estimator.step(config, plan, options, workload, folding)?;
     let took = began.elapsed().as_secs_f64();
+    if let Some(trace) = trace {
+        let sink = trace.sink();
+        let ranks = estimator.trace(config, plan, options, workload, args.no_folding, sink)?;
+        trace.finish(&names(&asked, &ranks))?;
+    }
     let moved = match args.no_sensitivity {
         true => Vec::new(),
         false => perf::sensitivity(machine, config, plan, options, workload, told.step_ms),
@@ -214,16 +245,35 @@ pub(crate) fn run(args: &StepArgs) -> anyhow::Result<()> {
         });
         return Ok(writeln!(out, "{report:#}")?);
     }
-    let text =
-        Text { asked: &asked, told: &told, moved: &moved, sensitivity: !args.no_sensitivity };
+    let text = Text { args, asked: &asked, told: &told, moved: &moved };
     text.write(took, &mut out)
 }
 
+/// What the trace of a step calls its ranks.
+fn names(asked: &Asked, ranks: &[TracedRank]) -> Names {
+    let machine = asked.machine.name.clone();
+    let about = [("machine", machine), ("backend", "sim".into()), ("clock", "simulated".into())];
+    let mut names = Names { about: trace::about(about), ..Names::default() };
+    for &TracedRank { rank, placement, stands_for } in ranks {
+        let device = DeviceId(rank as u32);
+        names.dies.insert(device, placement);
+        let note = match stands_for {
+            1 => "stands for itself".to_string(),
+            many => format!("stands for {many} ranks"),
+        };
+        names.notes.insert(device, note);
+        for (lane, name) in [(COMPUTE, "compute"), (COMMUNICATION, "communication")] {
+            names.streams.insert(StreamId { device, index: lane as u32 }, name.to_string());
+        }
+    }
+    names
+}
+
 struct Text<'a> {
+    args: &'a StepArgs,
     asked: &'a Asked,
     told: &'a Estimate,
     moved: &'a [Moved],
-    sensitivity: bool,
 }
 
 fn ms(ms: f64) -> String {
@@ -232,24 +282,32 @@ fn ms(ms: f64) -> String {
 
 impl Text<'_> {
     fn write(&self, took: f64, out: &mut impl Write) -> anyhow::Result<()> {
-        let Asked { machine, plan, workload, .. } = self.asked;
+        let Asked { machine, workload, .. } = self.asked;
         let t = self.told;
-        let o = plan.options();
-        let what = match workload.phase {
-            Phase::Decode { batch, kv } => format!(
-                "a decode step of {batch} sequence(s) of {kv} tokens on each of {} data rank(s)",
-                o.data
-            ),
-            Phase::Prefill { batch, input_len, .. } => format!(
-                "a prefill step of {batch} prompt(s) of {input_len} tokens on each of {} data rank(s)",
-                o.data
-            ),
+        let phase = match workload.phase {
+            Phase::Decode { .. } => "decode",
+            Phase::Prefill { .. } => "prefill",
         };
-        let headline =
-            format!("{} simulated on {} dies of {}", ms(t.step_ms), t.dies, machine.name);
-        writeln!(out, "{}: {what}", bold(&headline))?;
+        let headline = format!(
+            "{} for a {phase} step, simulated on {} of {}",
+            ms(t.step_ms),
+            plural(t.dies, "die"),
+            machine.name
+        );
+        writeln!(out, "{}", bold(&headline))?;
+        writeln!(out, "  {}", self.what())?;
         if let (Some(tpot), Some(user)) = (t.tpot_ms, t.tokens_per_s_per_user) {
             writeln!(out, "  TPOT {}: {} tokens/s for each user", ms(tpot), count(user))?;
+        }
+        if workload.drafts() {
+            let accepted = workload.acceptance;
+            writeln!(
+                out,
+                "  MTP: {:.0}% of the drafted tokens are taken to be accepted, so a step gives {:.2} \
+                 tokens a sequence",
+                100.0 * accepted,
+                1.0 + accepted
+            )?;
         }
         if let Some(ttft) = t.ttft_ms {
             writeln!(out, "  TTFT {}", ms(ttft))?;
@@ -262,11 +320,11 @@ impl Text<'_> {
         )?;
         writeln!(
             out,
-            "  floor {}: {} of bytes, {} of operations on the fullest die; {:.0}% of it is reached",
+            "  floor {}, {:.0}% of the step: {} for the bytes of the busiest die, {} for its operations",
             ms(t.floor_ms),
+            100.0 * t.floor_ms / t.step_ms,
             ms(t.floor.bytes_ms),
-            ms(t.floor.operations_ms),
-            100.0 * t.floor_ms / t.step_ms
+            ms(t.floor.operations_ms)
         )?;
         writeln!(
             out,
@@ -279,7 +337,11 @@ impl Text<'_> {
         )?;
         if t.expert_imbalance > 1.0 {
             let most = t.expert_imbalance;
-            writeln!(out, "  the most loaded die gets {most:.2} times the mean of routed tokens")?;
+            writeln!(
+                out,
+                "  routing {}: the most loaded die gets {most:.2} times the mean of routed tokens",
+                self.args.routing
+            )?;
         }
         let b = &t.breakdown;
         writeln!(out, "\n{}", bold("where the time of the average die goes"))?;
@@ -293,22 +355,50 @@ impl Text<'_> {
             ms(b.idle_ms),
             ms(b.host_ms)
         )?;
+        writeln!(
+            out,
+            "  {}",
+            dim(
+                "shares are of the step; what runs at the same time counts each, so sums may pass 100%"
+            )
+        )?;
         table(out, "by op", &b.by_op, t.step_ms)?;
         table(out, "by kind of layer", &b.by_layer, t.step_ms)?;
         table(out, "by what bounds it", &b.by_bound, t.step_ms)?;
         self.provenance(out)?;
-        writeln!(
-            out,
-            "{}",
-            dim(&format!(
-                "{} rank(s) and {} commands stand for {} ranks; worked out in {}",
-                t.played.ranks,
-                t.played.commands,
-                t.dies,
-                seconds(took)
-            ))
-        )?;
+        let (played, dies) = (t.played.ranks, plural(t.dies, "rank"));
+        let stand = if played == 1 { "stands" } else { "stand" };
+        let played = match played == t.dies {
+            true => format!("all {dies} and {} commands were played", t.played.commands),
+            false => format!(
+                "{} with {} commands {stand} for all {dies}",
+                plural(played, "rank"),
+                t.played.commands
+            ),
+        };
+        writeln!(out, "{}", dim(&format!("{played}; worked out in {}", seconds(took))))?;
         Ok(())
+    }
+
+    /// The step and the plan.
+    fn what(&self) -> String {
+        let Asked { plan, options, workload, .. } = self.asked;
+        let (batch, what, tokens, past) = match workload.phase {
+            Phase::Decode { batch, kv } => (batch, "sequence", kv, 0),
+            Phase::Prefill { batch, input_len, past } => (batch, "prompt", input_len, past),
+        };
+        let mut text = format!("{} of {}", plural(batch, what), plural(tokens, "token"));
+        if past > 0 {
+            text += &format!(" after {past} cached");
+        }
+        let o = plan.options();
+        if o.data > 1 {
+            text += &format!(" on each of {} data ranks", o.data);
+        }
+        let degrees = [o.tensor, o.pipeline, o.data];
+        let overlap = self.args.parallel.overlap == Overlap::TwoBatch;
+        let name = plan_name(degrees, o.expert, overlap, workload.drafts());
+        format!("{text}; {name}, {}", options.numerics)
     }
 
     fn provenance(&self, out: &mut impl Write) -> anyhow::Result<()> {
@@ -316,27 +406,22 @@ impl Text<'_> {
         let (assumed, all) = (machine.assumed().len(), machine.constants().len());
         writeln!(out, "\n{}", bold("what it rests on"))?;
         writeln!(out, "  kernels: {}", machine.kernels.generation)?;
-        if !self.sensitivity {
+        if self.args.no_sensitivity {
             return Ok(writeln!(out, "  {assumed} of {all} constants are assumed")?);
         }
-        let Some(first) = self.moved.first() else {
-            return Ok(writeln!(
-                out,
-                "  {assumed} of {all} constants are assumed; none of them moves the result by more than \
-                 2% when it is halved or doubled"
-            )?);
+        let decide = match self.moved.len() {
+            0 => "none of them moves".to_string(),
+            1 => "one of them moves".to_string(),
+            many => format!("{many} of them move"),
         };
-        let change = |now: f64| 100.0 * (now / self.told.step_ms - 1.0);
+        let end = if self.moved.is_empty() { "" } else { ":" };
         writeln!(
             out,
-            "  {assumed} of {all} constants are assumed, and {} of them decide: first of all {}, which is \
-             taken as {}.\n  If it is half of that, the step takes {:+.0}%; if it is twice that, {:+.0}%.",
-            self.moved.len(),
-            first.constant,
-            first.value,
-            change(first.halved),
-            change(first.doubled)
+            "  {assumed} of {all} constants are assumed; {decide} the step by more than 2% when halved or \
+             doubled{end}"
         )?;
+        // No negative zero.
+        let change = |now: f64| (100.0 * (now / self.told.step_ms - 1.0)).round() + 0.0;
         for m in self.moved {
             let name = format!("{} = {}", m.constant, m.value);
             let (half, twice) = (ms(m.halved), ms(m.doubled));
@@ -357,11 +442,15 @@ fn table(out: &mut impl Write, title: &str, parts: &[Part], whole: f64) -> anyho
     for part in shown {
         let share = 100.0 * part.ms / whole;
         let (time, name) = (ms(part.ms), &part.name);
-        writeln!(out, "    {name:<22} {time:>10} {share:>5.1}%  in {} commands", part.commands)?;
+        writeln!(
+            out,
+            "    {name:<22} {time:>10} {share:>6.1}%  in {}",
+            plural(part.commands as usize, "command")
+        )?;
     }
     if !rest.is_empty() {
         let sum: f64 = rest.iter().map(|part| part.ms).sum();
-        writeln!(out, "    {:<22} {:>10} {:>5.1}%", "others", ms(sum), 100.0 * sum / whole)?;
+        writeln!(out, "    {:<22} {:>10} {:>6.1}%", "others", ms(sum), 100.0 * sum / whole)?;
     }
     Ok(())
 }

@@ -1,10 +1,12 @@
 //! `perf sweep`: many steps at once.
 
-use crate::output::{Progress, bold, count, dim, seconds};
+use super::plan_name;
+use crate::output::{Progress, bold, count, dim, plural, seconds};
 use crate::source;
 use anyhow::Context;
 use clap::Args;
 use perf::{Grid, Outcome, Phase, pareto};
+use report::PartialFile;
 use serde_json::json;
 use sim::Machine;
 use std::collections::HashMap;
@@ -17,16 +19,19 @@ use std::time::Instant;
 pub(crate) const EXAMPLES: &str = "\
 A sweep file names a model and grids; each grid stands for every combination of its lists:
 
-  config = \"deepseek-v3\"
+  config = \"deepseek-v3\"                  # a preset or a config.json; this one if absent
   [[grid]]
-  machine = [\"h800\", \"va16\"]
-  phase = [\"decode\"]
-  tensor-parallel-size = [8, 16, 32]      # pipeline-parallel-size, data-parallel-size alike
+  machine = [\"h800\", \"va16\"]            # names or machine files
+  phase = [\"decode\", \"prefill\"]
+  batch = [1, 2, 4, 8]                    # sequences of each data rank
+  kv = [1024, 4096]                       # of decode
+  input-len = [1024]                      # of prefill
+  tensor-parallel-size = [8, 16, 32]
   expert-parallel = [false, true]
   overlap = [\"none\", \"two-batch\"]
-  batch = [1, 2, 4, 8]
-  kv = [1024, 4096]                       # prefill: input-len
-  mtp = [false, true]                     # also: acceptance, routing, numerics
+
+All flags of perf step that may be lists: pipeline-parallel-size, data-parallel-size, numerics, mtp,
+acceptance and routing too. What is absent has perf step's default. More [[grid]]s may follow.
 
   dsv3-run perf sweep sweep.toml
   dsv3-run perf sweep sweep.toml --csv points.csv --json - | jq '.pareto'
@@ -63,6 +68,11 @@ pub(crate) fn run(args: &SweepArgs) -> anyhow::Result<()> {
             machines.insert(point.machine.clone(), Machine::load(&point.machine)?);
         }
     }
+    let csv_file = args.csv.as_deref().map(|path| begin("--csv", path)).transpose()?;
+    let json_file = match args.json.as_deref() {
+        None | Some("-") => None,
+        Some(path) => Some(begin("--json", Path::new(path))?),
+    };
     let progress = Mutex::new(Progress::counting("sweeping"));
     let total = points.len() as u64;
     let tell = |done: usize| {
@@ -80,12 +90,12 @@ pub(crate) fn run(args: &SweepArgs) -> anyhow::Result<()> {
         progress.finish();
     }
     let front = pareto(&outcomes);
-    if let Some(path) = &args.csv {
-        write_whole(path, &csv(&outcomes))?;
+    if let Some(file) = csv_file {
+        keep("--csv", file, &csv(&outcomes))?;
     }
     let fitting = outcomes.iter().filter(|o| o.estimate.is_some()).count();
-    match args.json.as_deref() {
-        Some(target) => {
+    match args.json {
+        Some(_) => {
             let assumed: HashMap<&String, Vec<String>> =
                 machines.iter().map(|(name, machine)| (name, machine.assumed())).collect();
             let report = json!({
@@ -93,29 +103,32 @@ pub(crate) fn run(args: &SweepArgs) -> anyhow::Result<()> {
                 "pareto": front,
                 "provenance": { "clock": "simulated", "assumed": assumed },
             });
-            match target {
-                "-" => writeln!(std::io::stdout().lock(), "{report:#}")?,
-                path => write_whole(Path::new(path), &format!("{report:#}\n"))?,
+            match json_file {
+                None => writeln!(std::io::stdout().lock(), "{report:#}")?,
+                Some(file) => keep("--json", file, &format!("{report:#}\n"))?,
             }
         }
         None => print(&outcomes, &front, began.elapsed().as_secs_f64())?,
     }
     if fitting == 0 {
         let why = outcomes.iter().find_map(|o| o.error.clone()).unwrap_or_default();
-        anyhow::bail!("none of {} points is possible; the first one: {why}", outcomes.len());
+        anyhow::bail!(
+            "none of {} is possible; the first one: {why}",
+            plural(outcomes.len(), "point")
+        );
     }
     Ok(())
 }
 
-/// Writes a file whole or not at all.
-fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
-    let aside = path.with_extension("partial");
-    let written = std::fs::write(&aside, text).and_then(|()| std::fs::rename(&aside, path));
-    if written.is_err() {
-        // What is left is nobody's; the error that counts is the first one.
-        let _ = std::fs::remove_file(&aside);
-    }
-    written.with_context(|| format!("writing {}", path.display()))
+/// A file that is to be written whole or not at all, begun before the work.
+fn begin(flag: &str, path: &Path) -> anyhow::Result<PartialFile> {
+    PartialFile::create(path).with_context(|| format!("{flag} {}", path.display()))
+}
+
+fn keep(flag: &str, mut file: PartialFile, text: &str) -> anyhow::Result<()> {
+    let path = file.path().to_path_buf();
+    let written = file.file().write_all(text.as_bytes()).and_then(|()| file.keep());
+    written.with_context(|| format!("{flag} {}", path.display()))
 }
 
 const COLUMNS: &[&str] = &[
@@ -153,7 +166,7 @@ fn csv(outcomes: &[Outcome]) -> String {
         false => text.to_string(),
     };
     let number = |value: Option<f64>| value.map_or(String::new(), |v| format!("{v}"));
-    for Outcome { point: p, estimate, error } in outcomes {
+    for Outcome { point: p, estimate, error, .. } in outcomes {
         let (phase, batch, length) = match p.phase {
             Phase::Decode { batch, kv } => ("decode", batch, kv),
             Phase::Prefill { batch, input_len, .. } => ("prefill", batch, input_len),
@@ -197,55 +210,93 @@ fn print(outcomes: &[Outcome], front: &[usize], took: f64) -> anyhow::Result<()>
     let fitting = outcomes.iter().filter(|o| o.estimate.is_some()).count();
     writeln!(
         out,
-        "{} points, {fitting} possible, in {}",
-        bold(&outcomes.len().to_string()),
+        "{}, {fitting} possible, in {}",
+        bold(&plural(outcomes.len(), "point")),
         seconds(took)
     )?;
     let mut reasons: HashMap<&str, usize> = HashMap::new();
-    for error in outcomes.iter().filter_map(|o| o.error.as_deref()) {
-        *reasons.entry(error.split(';').next().unwrap_or(error)).or_default() += 1;
+    for reason in outcomes.iter().filter_map(|o| o.reason.as_deref()) {
+        *reasons.entry(reason).or_default() += 1;
     }
     let mut reasons: Vec<_> = reasons.into_iter().collect();
     reasons.sort_by_key(|&(reason, n)| (std::cmp::Reverse(n), reason));
-    for (reason, n) in reasons.iter().take(5) {
+    let (shown, rest) = reasons.split_at(reasons.len().min(8));
+    for (reason, n) in shown {
         writeln!(out, "  {}", dim(&format!("{n} impossible: {reason}")))?;
     }
-    if front.is_empty() {
-        return Ok(writeln!(out, "no decode points, so no front; --csv or --json has all points")?);
+    if !rest.is_empty() {
+        let more: usize = rest.iter().map(|(_, n)| n).sum();
+        writeln!(out, "  {}", dim(&format!("{more} impossible for {} more reasons", rest.len())))?;
     }
-    writeln!(
-        out,
-        "\n{}",
-        bold("Pareto front: tokens/s for each die against tokens/s for each user")
-    )?;
-    writeln!(
-        out,
-        "  {:>10} {:>10} {:>10}  {:<12} {:<26} {:>6} {:>7}",
-        "per die", "per user", "TPOT", "machine", "plan", "batch", "kv"
-    )?;
-    for &at in front {
-        let Outcome { point: p, estimate: Some(e), .. } = &outcomes[at] else { continue };
-        let Phase::Decode { batch, kv } = p.phase else { continue };
-        let mut plan = format!("TP{}", p.tensor_parallel_size);
-        for (name, degree) in [("PP", p.pipeline_parallel_size), ("DP", p.data_parallel_size)] {
-            if degree > 1 {
-                plan += &format!(" {name}{degree}");
-            }
-        }
-        for (name, on) in [("EP", p.expert_parallel), ("2mb", p.overlap != "none"), ("MTP", p.mtp)]
-        {
-            if on {
-                plan += &format!(" {name}");
-            }
-        }
-        writeln!(
-            out,
-            "  {:>10} {:>10} {:>10}  {:<12} {plan:<26} {batch:>6} {kv:>7}",
-            count(e.tokens_per_s_per_die),
-            count(e.tokens_per_s_per_user.unwrap_or(0.0)),
-            seconds(e.tpot_ms.unwrap_or(0.0) * 1e-3),
-            p.machine
-        )?;
+    if !front.is_empty() {
+        let title = "decode, Pareto front: tokens/s for each die against tokens/s for each user";
+        writeln!(out, "\n{}", bold(title))?;
+        rows(&mut out, outcomes, front)?;
+    }
+    let mut prefill: Vec<usize> = (0..outcomes.len())
+        .filter(|&at| outcomes[at].estimate.as_ref().is_some_and(|e| e.ttft_ms.is_some()))
+        .collect();
+    let rate = |&at: &usize| outcomes[at].estimate.as_ref().map_or(0.0, |e| e.tokens_per_s_per_die);
+    prefill.sort_by(|a, b| rate(b).total_cmp(&rate(a)));
+    if !prefill.is_empty() {
+        prefill.truncate(10);
+        writeln!(out, "\n{}", bold("prefill, most tokens/s for each die first"))?;
+        rows(&mut out, outcomes, &prefill)?;
+    }
+    if fitting > 0 {
+        writeln!(out, "\n{}", dim("times are simulated; --csv and --json have all points"))?;
     }
     Ok(())
+}
+
+/// A table of points of one phase.
+fn rows(out: &mut impl Write, outcomes: &[Outcome], which: &[usize]) -> anyhow::Result<()> {
+    let decode = |at: &usize| matches!(outcomes[*at].point.phase, Phase::Decode { .. });
+    let (time, length) = match which.iter().all(decode) {
+        true => ("TPOT", "kv"),
+        false => ("TTFT", "input"),
+    };
+    writeln!(
+        out,
+        "  {:>10} {:>10} {time:>10}  {:<14} {:<22} {:>6} {length:>7}  {}",
+        "per die", "per user", "machine", "plan", "batch", "also"
+    )?;
+    for &at in which {
+        let Outcome { point: p, estimate: Some(e), .. } = &outcomes[at] else { continue };
+        let (batch, length) = match p.phase {
+            Phase::Decode { batch, kv } => (batch, kv),
+            Phase::Prefill { batch, input_len, .. } => (batch, input_len),
+        };
+        let degrees = [p.tensor_parallel_size, p.pipeline_parallel_size, p.data_parallel_size];
+        let plan = plan_name(degrees, p.expert_parallel, p.overlap != "none", p.mtp);
+        let user = e.tokens_per_s_per_user.map_or("-".to_string(), count);
+        let time = e.tpot_ms.or(e.ttft_ms).unwrap_or(0.0);
+        let mut also = Vec::new();
+        also.extend((p.numerics != "fp8").then(|| p.numerics.clone()));
+        also.extend((p.routing != "balanced").then(|| p.routing.clone()));
+        also.extend(p.mtp.then(|| format!("accepts {}", p.acceptance)));
+        let line = format!(
+            "  {:>10} {user:>10} {:>10}  {:<14} {plan:<22} {batch:>6} {length:>7}  {}",
+            count(e.tokens_per_s_per_die),
+            seconds(time * 1e-3),
+            p.machine,
+            also.join(", ")
+        );
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_file_of_the_help_is_a_sweep() {
+        let lines = EXAMPLES.lines().skip_while(|line| !line.starts_with("  config"));
+        let file: Vec<&str> = lines.take_while(|line| !line.is_empty()).collect();
+        let (config, points) = Grid::parse(&file.join("\n")).unwrap();
+        assert_eq!(config.as_deref(), Some("deepseek-v3"));
+        assert_eq!(points.len(), 2 * 4 * (2 + 1) * 3 * 2 * 2);
+    }
 }

@@ -2,11 +2,11 @@
 
 /// Half-open intervals of time, in any order; they may overlap.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Intervals(Vec<(u64, u64)>);
+pub struct Intervals(Vec<(u64, u64)>);
 
 impl Intervals {
     /// Adds `start..end`. What follows on the last one is joined with it.
-    pub(super) fn add(&mut self, start: u64, end: u64) {
+    pub fn add(&mut self, start: u64, end: u64) {
         match self.0.last_mut() {
             _ if start >= end => {}
             Some((_, last)) if *last == start => *last = end,
@@ -15,23 +15,38 @@ impl Intervals {
     }
 
     /// These and others.
-    pub(super) fn and(mut self, mut others: Intervals) -> Intervals {
+    pub fn and(mut self, mut others: Intervals) -> Intervals {
         self.0.append(&mut others.0);
         self
     }
 
-    /// The length of their union.
-    pub(super) fn covered(&self) -> u64 {
-        let mut sorted = self.0.clone();
-        sorted.sort_unstable();
-        let (mut sum, mut reached) = (0, 0);
-        for (start, end) in sorted {
-            let fresh = start.max(reached);
-            if end > fresh {
-                sum += end - fresh;
-                reached = end;
+    /// The length of their union. Puts them in order and joins them.
+    pub fn covered(&mut self) -> u64 {
+        self.0.sort_unstable();
+        self.0.dedup_by(|next, kept| {
+            let joins = next.0 <= kept.1;
+            if joins {
+                kept.1 = kept.1.max(next.1);
             }
+            joins
+        });
+        self.0.iter().map(|(start, end)| end - start).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_overlaps_and_what_touches_counts_once() {
+        let mut all = Intervals::default();
+        for (start, end) in [(5, 7), (1, 3), (2, 4), (7, 9), (8, 8), (6, 7)] {
+            all.add(start, end);
         }
-        sum
+        assert_eq!(all.covered(), 7);
+        assert_eq!(all.0, [(1, 4), (5, 9)]);
+        assert_eq!(all.and(Intervals::default()).covered(), 7);
+        assert_eq!(Intervals::default().covered(), 0);
     }
 }

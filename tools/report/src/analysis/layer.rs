@@ -18,20 +18,22 @@ pub enum LayerKind {
     Head,
     /// Choosing the largest logit.
     Sampling,
-    /// Everything else: inputs, outputs, waits, hand-over between stages.
+    /// Hand-over between pipeline stages.
+    Stages,
+    /// Everything else: inputs, outputs, waits.
     Other,
 }
 
 impl LayerKind {
     /// The part that labels of the model's graph name: "layer 4 input norm", "embed all-reduce".
-    /// Layers from number `first_moe_layer` on are MoE layers.
-    pub fn of(label: &str, first_moe_layer: usize) -> LayerKind {
+    /// `is_moe` says which layers have experts.
+    pub fn of(label: &str, is_moe: impl FnOnce(usize) -> bool) -> LayerKind {
         let begins = |words: &[&str]| words.iter().any(|word| label.starts_with(word));
         if let Some(rest) = label.strip_prefix("layer ") {
             let number = rest.split(' ').next().and_then(|number| number.parse::<usize>().ok());
             return match number {
-                Some(number) if number < first_moe_layer => LayerKind::DenseLayers,
-                Some(_) => LayerKind::MoeLayers,
+                Some(number) if is_moe(number) => LayerKind::MoeLayers,
+                Some(_) => LayerKind::DenseLayers,
                 None => LayerKind::Other,
             };
         }
@@ -40,7 +42,24 @@ impl LayerKind {
             () if begins(&["embed"]) => LayerKind::Embedding,
             () if begins(&["final norm", "select rows", "head"]) => LayerKind::Head,
             () if begins(&["largest logit", "candidates"]) => LayerKind::Sampling,
+            () if begins(&["stage", "send", "receive"]) => LayerKind::Stages,
             () => LayerKind::Other,
+        }
+    }
+}
+
+impl LayerKind {
+    /// What people call it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            LayerKind::Embedding => "embedding",
+            LayerKind::DenseLayers => "dense layers",
+            LayerKind::MoeLayers => "MoE layers",
+            LayerKind::Mtp => "MTP module",
+            LayerKind::Head => "head",
+            LayerKind::Sampling => "sampling",
+            LayerKind::Stages => "between stages",
+            LayerKind::Other => "other",
         }
     }
 }
@@ -65,10 +84,12 @@ mod tests {
             ("head", LayerKind::Head),
             ("largest logit", LayerKind::Sampling),
             ("candidates all-gather", LayerKind::Sampling),
-            ("stage output", LayerKind::Other),
+            ("stage output", LayerKind::Stages),
+            ("send", LayerKind::Stages),
+            ("receive", LayerKind::Stages),
             ("write", LayerKind::Other),
         ] {
-            assert_eq!(LayerKind::of(label, 3), kind, "{label}");
+            assert_eq!(LayerKind::of(label, |layer| layer >= 3), kind, "{label}");
         }
     }
 }

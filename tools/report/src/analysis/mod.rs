@@ -7,12 +7,12 @@
 mod interval;
 mod layer;
 
+pub use interval::Intervals;
 pub use layer::LayerKind;
 
 use crate::log::Recorded;
 use hal::StreamId;
 use hal::trace::{CommandKind, Span};
-use interval::Intervals;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io;
@@ -197,19 +197,19 @@ impl Die {
         op.time_ps += took;
         op.operations += span.operations;
         op.bytes += span.bytes;
-        let layer = LayerKind::of(span.label.as_str(), first_moe_layer);
+        let layer = LayerKind::of(span.label.as_str(), |number| number >= first_moe_layer);
         *self.times.by_layer.entry(layer).or_default() += took;
         self.times.by_bound.entry(span.bound.name()).or_default().time_ps += took;
     }
 
     fn finish(self, die: u32, step: u64) -> DieTime {
-        let Die { streams, computation, communication, mut times, .. } = self;
-        let stream = |(stream, intervals): (&u32, &Intervals)| {
+        let Die { mut streams, mut computation, mut communication, mut times, .. } = self;
+        let stream = |(stream, intervals): (&u32, &mut Intervals)| {
             let busy_ps = intervals.covered();
             StreamTime { stream: *stream, busy_ps, idle_ps: step - busy_ps }
         };
-        let of_streams = streams.iter().map(stream).collect();
-        let all = streams.into_values().fold(Intervals::default(), Intervals::and);
+        let of_streams = streams.iter_mut().map(stream).collect();
+        let mut all = streams.into_values().fold(Intervals::default(), Intervals::and);
         times.busy_ps = all.covered();
         times.idle_ps = step - times.busy_ps;
         times.computation_ps = computation.covered();

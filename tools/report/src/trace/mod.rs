@@ -27,6 +27,8 @@ use std::io::{self, Write};
 pub struct Names {
     /// Where each die sits.
     pub dies: BTreeMap<DeviceId, DiePlacement>,
+    /// What else is to be said of a die, where there is something.
+    pub notes: BTreeMap<DeviceId, String>,
     /// The labels of streams.
     pub streams: BTreeMap<StreamId, String>,
     /// What the trace is of, in the file's `otherData`: names and values.
@@ -63,10 +65,14 @@ pub fn write(recorded: &Recorded, names: &Names, out: &mut dyn Write) -> io::Res
 }
 
 fn die_name(die: DeviceId, names: &Names) -> String {
-    match names.dies.get(&die) {
-        Some(DiePlacement { host, card, .. }) => format!("{die} (card {card}, host {host})"),
-        None => die.to_string(),
+    let mut name = die.to_string();
+    if let Some(DiePlacement { host, card, .. }) = names.dies.get(&die) {
+        name += &format!(" (card {card}, host {host})");
     }
+    if let Some(note) = names.notes.get(&die) {
+        name += &format!(", {note}");
+    }
+    name
 }
 
 /// A thread for each stream. No number stands for two of them, or for a process and a thread, nor
