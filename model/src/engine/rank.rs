@@ -4,7 +4,7 @@ use super::program::{Program, ProgramKey};
 use super::{EngineError, EngineOptions};
 use crate::config::ModelConfig;
 use crate::plan::{Group, ParallelPlan, RankPlan};
-use crate::schedule::{COMMUNICATION, COMPUTE, Lane};
+use crate::schedule::{COMPUTE, Lane, lane_label};
 use crate::weights::{WeightPlan, Weights};
 use hal::{Buffer, Communicator, Device, Point, Stream, Tensor};
 use std::collections::HashMap;
@@ -31,7 +31,7 @@ impl Rank {
         weight_plan: WeightPlan,
         weights: Weights,
     ) -> hal::Result<Self> {
-        let lanes = vec![device.stream("compute")?];
+        let lanes = vec![device.stream(lane_label(COMPUTE))?];
         Ok(Rank {
             plan,
             device,
@@ -70,8 +70,7 @@ impl Rank {
     /// Opens the streams of the lanes that a schedule uses.
     pub(super) fn open_lanes(&mut self, lanes: usize) -> hal::Result<()> {
         for lane in self.lanes.len()..lanes {
-            let name = if lane == COMMUNICATION { "communication" } else { "side" };
-            self.lanes.push(self.device.stream(name)?);
+            self.lanes.push(self.device.stream(lane_label(lane))?);
         }
         Ok(())
     }

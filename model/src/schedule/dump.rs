@@ -97,6 +97,7 @@ fn lane_name(lane: Lane) -> String {
     match lane {
         super::COMPUTE => "compute".to_string(),
         super::COMMUNICATION => "comm".to_string(),
+        super::NODE_COMMUNICATION => "node".to_string(),
         other => format!("lane {other}"),
     }
 }

@@ -4,7 +4,8 @@
 //! A graph says what depends on what; nothing in it mentions streams. [`Schedule::new`] decides,
 //! for one rank:
 //!
-//! 1. **Lanes.** Computation goes to lane 0. A collective goes to a lane of its own where nodes
+//! 1. **Lanes.** Computation goes to lane 0. A collective goes to a lane of its own, and one inside a
+//!    node to another one (it passes other ports than those between nodes), where nodes
 //!    stand between it and the first one that needs it: there it hides behind them. Elsewhere a
 //!    second stream would only cost two waits.
 //! 2. **Waits**, the fewest: none that order within a lane, or another wait, implies (vector clocks).
@@ -30,6 +31,7 @@ pub use fuse::fuse;
 pub use interleave::interleave;
 
 use crate::graph::{Graph, Node, Work};
+use crate::plan::Group;
 use access::Accesses;
 
 /// A stream of a rank, by number: 0 computes.
@@ -39,6 +41,19 @@ pub type Lane = usize;
 pub const COMPUTE: Lane = 0;
 /// The lane of collectives that hide behind computation.
 pub const COMMUNICATION: Lane = 1;
+/// The lane of exchanges inside a node that hide: they pass other ports than those between nodes, and
+/// need not wait for them.
+pub const NODE_COMMUNICATION: Lane = 2;
+
+/// What a lane's stream is called.
+pub const fn lane_label(lane: Lane) -> &'static str {
+    match lane {
+        COMPUTE => "compute",
+        COMMUNICATION => "communication",
+        NODE_COMMUNICATION => "node communication",
+        _ => "side",
+    }
+}
 
 /// One command of a schedule, in the order of issue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,9 +100,13 @@ impl Schedule {
     pub fn new(graph: &Graph) -> Self {
         let accesses = Accesses::of(graph);
         let lane = |(number, node): (usize, &Node)| match node.work {
-            Work::Collectives { .. } => {
+            Work::Collectives { group, .. } => {
                 let hides = accesses.first_dependant(number).is_some_and(|next| next > number + 1);
-                if hides { COMMUNICATION } else { COMPUTE }
+                match (hides, group) {
+                    (false, _) => COMPUTE,
+                    (true, Group::ExpertNode) => NODE_COMMUNICATION,
+                    (true, _) => COMMUNICATION,
+                }
             }
             Work::Op(_) => COMPUTE,
         };

@@ -12,7 +12,7 @@ use model::config::ModelConfig;
 use model::engine::EngineOptions;
 use model::numerics::Numerics;
 use model::plan::ParallelPlan;
-use model::schedule::{COMMUNICATION, COMPUTE};
+use model::schedule::{COMMUNICATION, COMPUTE, NODE_COMMUNICATION, lane_label};
 use perf::{
     Estimate, Estimator, Folding, Part, Phase, Routing, RoutingError, TracedRank, Workload,
 };
@@ -262,8 +262,9 @@ fn names(asked: &Asked, ranks: &[TracedRank]) -> Names {
             many => format!("stands for {many} ranks"),
         };
         names.notes.insert(device, note);
-        for (lane, name) in [(COMPUTE, "compute"), (COMMUNICATION, "communication")] {
-            names.streams.insert(StreamId { device, index: lane as u32 }, name.to_string());
+        for lane in [COMPUTE, COMMUNICATION, NODE_COMMUNICATION] {
+            let index = lane as u32;
+            names.streams.insert(StreamId { device, index }, lane_label(lane).to_string());
         }
     }
     names
