@@ -52,6 +52,7 @@ fn graph_alone(c: &mut Criterion) {
                 max_pages: positions / options.page_size,
                 vocabulary: config.vocab_size,
                 expert_tokens: BATCH * parallel.data,
+                expert_capacity: None,
             };
             let nodes = main_model(inputs, shape, 0).nodes().len();
             group.throughput(Throughput::Elements(nodes as u64));

@@ -72,7 +72,8 @@ impl SimClock {
             let ended = state.timeline.ended(stream.index) >= value;
             ended.then(|| state.timeline.end(stream.index, value))
         };
-        if let Some(end) = known(&self.state.lock()) {
+        let told = known(&self.state.lock());
+        if let Some(end) = told {
             return end;
         }
         stream.system.settle();

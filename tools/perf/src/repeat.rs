@@ -75,8 +75,7 @@ pub(crate) fn find(
         stages.entry(program.rank.stage.rank).or_default().push(index);
     }
     for members in stages.values() {
-        for run in 0..2 {
-            let times = left_out[members[0]][run];
+        for (run, &times) in left_out[members[0]].iter().enumerate() {
             if times == 0 {
                 continue;
             }

@@ -16,11 +16,13 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("model", &["hal"]),
     // Any source of spans: it knows neither devices nor the model.
     ("tools/report", &["hal"]),
+    // Estimates take times from the simulator and names from reports; they run nothing.
+    ("tools/perf", &["hal", "sim", "model", "report"]),
 ];
 
 /// Crates that another may depend on.
 const MEMBERS: &[&str] =
-    &["hal", "conformance", "replay", "sim", "vacc", "model", "report", "dsv3-run"];
+    &["hal", "conformance", "replay", "sim", "vacc", "model", "report", "perf", "dsv3-run"];
 
 /// Where `unsafe` may stand: SIMD kernels, the one call that maps a file, the FFI crates, and tests
 /// and benchmarks that need an allocator of their own or call C.

@@ -21,7 +21,7 @@ A sweep file names a model and grids; each grid stands for every combination of 
 
   config = \"deepseek-v3\"                  # a preset or a config.json; this one if absent
   [[grid]]
-  machine = [\"h800\", \"va16\"]            # names or machine files
+  machine = [\"h800\", \"va16\"]              # names or machine files
   phase = [\"decode\", \"prefill\"]
   batch = [1, 2, 4, 8]                    # sequences of each data rank
   kv = [1024, 4096]                       # of decode
@@ -258,8 +258,8 @@ fn rows(out: &mut impl Write, outcomes: &[Outcome], which: &[usize]) -> anyhow::
     };
     writeln!(
         out,
-        "  {:>10} {:>10} {time:>10}  {:<14} {:<22} {:>6} {length:>7}  {}",
-        "per die", "per user", "machine", "plan", "batch", "also"
+        "  {:>10} {:>10} {time:>10}  {:<14} {:<22} {:>6} {length:>7}  also",
+        "per die", "per user", "machine", "plan", "batch"
     )?;
     for &at in which {
         let Outcome { point: p, estimate: Some(e), .. } = &outcomes[at] else { continue };
