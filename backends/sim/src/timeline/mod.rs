@@ -6,7 +6,7 @@
 //! * A command is ready when the one before it on its stream has ended, when what it waits for has
 //!   ended, and when the host has issued it.
 //! * Commands that run on a die at the same time share its compute units, its memory and its links
-//!   ([`share`]), so that communication that hides behind computation slows it, and is slowed by it.
+//!   (`share.rs`), so that communication that hides behind computation slows it, and is slowed by it.
 //! * A collective begins when its last rank is ready, goes as fast as the slowest of its dies lets it,
 //!   and ends everywhere at once.
 //!

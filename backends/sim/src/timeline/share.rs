@@ -99,8 +99,8 @@ pub(super) fn rates(claims: &[Claim], rates: &mut Vec<u64>) {
     }
     while !open.is_empty() {
         let mut slowest: Option<(u64, usize)> = None;
-        for resource in 0..RESOURCES {
-            let Some(level) = level(claims, &open, resource, left[resource]) else { continue };
+        for (resource, &left) in left.iter().enumerate() {
+            let Some(level) = level(claims, &open, resource, left) else { continue };
             for (place, &at) in open.iter().enumerate() {
                 let share = u64::from(claims[at].shares.0[resource]);
                 if share * FULL <= level {
