@@ -126,10 +126,12 @@ impl State {
     /// Tells those who trace what has ended.
     fn tell(&mut self, system: &crate::system::Shared) {
         let State { timeline, spans } = self;
+        // Receivers by die, asked for once.
+        let sinks: Vec<_> = system.dies.iter().map(|die| die.trace()).collect();
         for Done { stream, ready, start, end, .. } in timeline.take_done() {
             let span = spans[stream.0 as usize].pop_front().flatten();
             if let Some(mut span) = span
-                && let Some(sink) = system.dies[span.stream.device.0 as usize].trace()
+                && let Some(sink) = &sinks[span.stream.device.0 as usize]
             {
                 (span.ready, span.start, span.end) = (ready, start, end);
                 sink.record(&span);

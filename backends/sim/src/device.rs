@@ -84,6 +84,11 @@ impl DieState {
         streams.iter().for_each(|stream| f(stream));
     }
 
+    /// Whether there is a receiver of traces; without touching it, which all workers would.
+    pub(crate) fn is_traced(&self) -> bool {
+        self.tracing.load(Ordering::Acquire)
+    }
+
     /// The receiver of traces, if there is one.
     pub(crate) fn trace(&self) -> Option<Arc<dyn TraceSink>> {
         self.tracing.load(Ordering::Acquire).then(|| self.trace.read().clone()).flatten()

@@ -632,7 +632,7 @@ impl StreamShared {
             return;
         }
         if self.timed() {
-            let span = self.die().trace().map(|_| Span {
+            let span = self.die().is_traced().then(|| Span {
                 stream: self.id,
                 sequence: done.sequence,
                 kind: done.kind,
