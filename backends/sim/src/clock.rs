@@ -14,25 +14,7 @@ use crate::stream::StreamShared;
 use crate::timeline::{Done, Step, StreamIndex, Timeline};
 use hal::trace::Span;
 use parking_lot::Mutex;
-use std::cell::Cell;
 use std::collections::VecDeque;
-
-thread_local! {
-    /// The system that this host thread looked at last, and the latest time that it has seen there.
-    static SEEN: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
-}
-
-/// What this host thread knows of a system's time: whatever die it issues to next, it does so after
-/// what it has seen, on whichever die that was.
-pub(crate) fn seen_by_thread(system: u64) -> u64 {
-    let (last, picos) = SEEN.get();
-    if last == system { picos } else { 0 }
-}
-
-/// This host thread has seen a time of a system.
-pub(crate) fn thread_sees(system: u64, picos: u64) {
-    SEEN.set((system, picos.max(seen_by_thread(system))));
-}
 
 /// Ends of commands that a stream remembers, beyond those that the host has not seen.
 const REMEMBERED: u64 = 1 << 16;

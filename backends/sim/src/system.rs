@@ -57,8 +57,6 @@ pub struct System {
 /// What all dies share.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    /// Tells it from other systems of the process.
-    pub(crate) number: u64,
     pub(crate) machine: Machine,
     pub(crate) topology: Topology,
     pub(crate) cost: Box<dyn CostModel>,
@@ -110,10 +108,7 @@ impl System {
         let dies = (0..machine.dies())
             .map(|i| DieState::new(DeviceId(i), &machine, &topology, options.mode))
             .collect();
-        // Nothing but an identity: results do not depend on it.
-        static NEXT: AtomicU64 = AtomicU64::new(1);
         let shared = Shared {
-            number: NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
             cost: Box::new(TileModel::new(&machine)),
             topology,
             mode: options.mode,

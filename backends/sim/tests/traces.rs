@@ -47,9 +47,6 @@ fn meet(make: impl Fn(&Rank) -> Collective) -> [Span; 2] {
     let ranks = ranks(&system);
     let batches: Vec<_> = ranks.iter().map(|rank| [make(rank)]).collect();
     let spans = Arc::new(Spans::default());
-    // The first rank has something to do before.
-    let busy = ranks[0].stream.alloc(1 << 20).unwrap();
-    ranks[0].stream.fill(&busy.whole(), 0).unwrap();
     for (rank, batch) in ranks.iter().zip(&batches) {
         rank.device.set_trace(Some(spans.clone())).unwrap();
         let label = Label::Static("meet");

@@ -42,7 +42,6 @@ fn cases() -> Vec<Case> {
         case("h800", hops, two, prefill(2, 300)),
         case("h800", hops, plain, prefill(1, 400)),
         case("h800", mixed, two, decode(6, 90)),
-        case("va16", ParallelOptions { tensor: 8, pipeline: 4, ..NONE }, plain, decode(2, 150)),
         Case { eager: true, ..case("va16", tp32, plain, decode(1, 100)) },
     ]
 }

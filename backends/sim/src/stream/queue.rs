@@ -9,7 +9,7 @@
 
 use super::prepared::Rest;
 use super::work::{Outcome, Work};
-use crate::clock::{Carried, seen_by_thread};
+use crate::clock::Carried;
 use crate::collective::Group;
 use crate::cost::Cost;
 use crate::device::DieState;
@@ -190,9 +190,7 @@ impl Launch {
         }
         self.0.get().unwrap_or_else(|| {
             let cost = stream.system.cost.host_issue();
-            let clock = &stream.die().host_clock;
-            clock.fetch_max(seen_by_thread(stream.system.number), Ordering::Relaxed);
-            let at = clock.fetch_add(cost, Ordering::Relaxed) + cost;
+            let at = stream.die().host_clock.fetch_add(cost, Ordering::Relaxed) + cost;
             self.0.set(Some(at));
             at
         })

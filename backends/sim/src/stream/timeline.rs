@@ -1,7 +1,6 @@
 //! How far a stream has come: completion times, host waits, and the [`Timeline`] that callers see.
 
 use super::queue::{Activity, Blocker, Brief, Queue, Queued, StreamShared};
-use crate::clock::thread_sees;
 use hal::{Clock, Error, Result, StreamId, Stuck, Timeline, Timestamp};
 use std::any::Any;
 use std::sync::Arc;
@@ -73,7 +72,6 @@ impl StreamShared {
                         let end = self.system.clock.end(self, value).unwrap_or(0);
                         let known = end + self.system.cost.host_sync();
                         self.die().host_clock.fetch_max(known, Ordering::Relaxed);
-                        thread_sees(self.system.number, known);
                         self.system.clock.seen(self.index, value);
                     }
                     self.system.order.host_synchronized(self.id, value);
