@@ -15,6 +15,10 @@ use crate::timeline::{Done, Step, StreamIndex, Timeline};
 use hal::trace::Span;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// How long other ranks may be behind before they count as failed, while workers are never idle.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Ends of commands that a stream remembers, beyond those that the host has not seen.
 const REMEMBERED: u64 = 1 << 16;
@@ -76,8 +80,18 @@ impl SimClock {
         if let Some(end) = told {
             return end;
         }
-        stream.system.settle();
-        let mut state = self.state.lock();
+        let began = Instant::now();
+        let mut state = loop {
+            let complete = stream.system.settle();
+            let mut state = self.state.lock();
+            // While workers are at it, the other ranks of a collective may be a moment behind.
+            let known = state.timeline.play_until(stream.index, value);
+            if known || complete || began.elapsed() > PATIENCE {
+                break state;
+            }
+            drop(state);
+            std::thread::yield_now();
+        };
         if !state.timeline.play_until(stream.index, value) {
             // Ranks whose streams have failed do not come any more.
             while state.timeline.give_up_on_others()

@@ -78,10 +78,9 @@ impl DieState {
         self.streams.lock().get(id.index as usize)?.upgrade()
     }
 
-    /// Calls `f` with each stream that somebody still holds, in the order in which they were made.
-    pub(crate) fn each_stream(&self, f: impl Fn(&StreamShared)) {
-        let streams: Vec<_> = self.streams.lock().iter().filter_map(Weak::upgrade).collect();
-        streams.iter().for_each(|stream| f(stream));
+    /// The streams that somebody still holds, in the order in which they were made.
+    pub(crate) fn streams(&self) -> Vec<Arc<StreamShared>> {
+        self.streams.lock().iter().filter_map(Weak::upgrade).collect()
     }
 
     /// Whether there is a receiver of traces; without touching it, which all workers would.

@@ -74,17 +74,27 @@ pub(crate) struct Shared {
     pub(crate) dies: Vec<DieState>,
 }
 
-/// How long to wait for workers, while other host threads give them more and more to do.
-const SETTLE: Duration = Duration::from_millis(100);
+/// How long to wait for workers, while other host threads give them more and more to do and a stream
+/// waits for what never comes.
+const SETTLE: Duration = Duration::from_secs(10);
 
 impl Shared {
-    /// Waits until workers have carried out what they can, and takes in what has been carried out.
-    pub(crate) fn settle(&self) {
-        self.pool.wait_until_idle(crate::stream::SPIN, SETTLE);
+    /// Waits until workers have carried out what they can, and takes in what has been carried out. Says
+    /// whether that is all there is.
+    pub(crate) fn settle(&self) -> bool {
+        if !self.pool.is_idle_soon(crate::stream::SPIN) {
+            // What had been submitted by now is enough, if others go on submitting.
+            let known: Vec<_> = self.dies.iter().flat_map(|die| die.streams()).collect();
+            let known: Vec<_> = known.into_iter().map(|s| (s.submitted(), s)).collect();
+            let enough = || known.iter().all(|(value, stream)| stream.has_reached(*value));
+            self.pool.wait_until_idle(enough, SETTLE);
+        }
+        let complete = self.pool.is_idle();
         let _in_order = self.settling.lock();
         for die in &self.dies {
-            die.each_stream(|stream| stream.take_in());
+            die.streams().iter().for_each(|stream| stream.take_in());
         }
+        complete
     }
 }
 

@@ -79,16 +79,26 @@ impl Workers {
         });
     }
 
-    /// Waits until there was a moment without tasks, or until the limit.
-    pub(crate) fn wait_until_idle(&self, spin: Duration, limit: Duration) {
+    /// Whether there is no task at the moment.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.tasks.count.load(Ordering::Acquire) == 0
+    }
+
+    /// Spins for a moment until there is no task; whether there is none.
+    pub(crate) fn is_idle_soon(&self, spin: Duration) -> bool {
         let began = Instant::now();
-        let busy = || self.tasks.count.load(Ordering::Acquire) > 0;
-        while busy() && began.elapsed() < spin {
+        while !self.is_idle() && began.elapsed() < spin {
             std::hint::spin_loop();
         }
-        if busy() {
-            let mut sleepers = self.tasks.sleepers.lock();
-            self.tasks.none.wait_while_for(&mut sleepers, |()| busy(), limit);
+        self.is_idle()
+    }
+
+    /// Sleeps until there was a moment without tasks, until `enough` says so, or until the limit.
+    pub(crate) fn wait_until_idle(&self, enough: impl Fn() -> bool, limit: Duration) {
+        let began = Instant::now();
+        let mut sleepers = self.tasks.sleepers.lock();
+        while !self.is_idle() && !enough() && began.elapsed() < limit {
+            self.tasks.none.wait_for(&mut sleepers, Duration::from_millis(1));
         }
     }
 

@@ -57,6 +57,11 @@ impl StreamShared {
         Stuck { stream: self.id, sequence, op: kind.name(), label, waits_for }
     }
 
+    /// Whether a command has been carried out.
+    pub(crate) fn has_reached(&self, value: u64) -> bool {
+        self.reached.load(Ordering::Acquire) >= value
+    }
+
     /// Blocks the host until `value` is reached, and moves the host's clock to then.
     pub(crate) fn synchronize_value(&self, value: u64, timeout: Duration) -> Result<()> {
         let began = Instant::now();
