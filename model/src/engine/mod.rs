@@ -29,6 +29,7 @@ pub use cache::{CacheFull, PagePool, Sequence};
 pub use generate::{FinishReason, Generation, GenerationOptions, Timing};
 pub use memory::{Fitting, MemoryPlan, fitting, memory_plan};
 pub use preview::{StepKind, preview};
+pub use shape::{Part as StepPart, Sizes as StepSizes, micro_batches};
 pub use step::{StepOutput, Wanted};
 
 use crate::checkpoint::{Checkpoint, CheckpointError};

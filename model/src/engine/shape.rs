@@ -9,7 +9,7 @@ use crate::plan::ParallelPlan;
 
 /// What all steps of a model, a plan and its options have in common.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Sizes {
+pub struct Sizes {
     pages: usize,
     page_size: usize,
     vocabulary: usize,
@@ -21,21 +21,22 @@ pub(super) struct Sizes {
 
 /// What a micro-batch has of its own, on one data rank.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Part {
+pub struct Part {
     /// New tokens, filled up.
-    pub(super) tokens: usize,
+    pub tokens: usize,
     /// Sequences, that of the padding included.
-    pub(super) sequences: usize,
+    pub sequences: usize,
     /// Tokens whose logits are wanted.
-    pub(super) logit_rows: usize,
+    pub logit_rows: usize,
     /// Attention's form.
-    pub(super) form: Form,
+    pub form: Form,
     /// New tokens of all data ranks.
-    pub(super) expert_tokens: usize,
+    pub expert_tokens: usize,
 }
 
 impl Sizes {
-    pub(super) fn of(config: &ModelConfig, plan: &ParallelPlan, options: EngineOptions) -> Self {
+    /// The sizes under these options.
+    pub fn of(config: &ModelConfig, plan: &ParallelPlan, options: EngineOptions) -> Self {
         let split = plan.experts().is_some();
         Sizes {
             pages: pages(options, plan) + padding_pages(options, plan),
@@ -48,23 +49,23 @@ impl Sizes {
     }
 
     /// Width of the block table: pages of the longest sequence.
-    pub(super) fn max_pages(&self) -> usize {
+    pub fn max_pages(&self) -> usize {
         self.max_pages
     }
 
     /// To how many tokens a micro-batch is filled up: where the ranks of a tensor group split tokens
     /// each has as many, and where ranks wait for each other's experts each has some.
-    pub(super) fn filled_up(&self, tokens: usize) -> usize {
+    pub fn filled_up(&self, tokens: usize) -> usize {
         tokens.max(1).next_multiple_of(self.multiple)
     }
 
     /// Whether there are numbers of tokens that are filled up.
-    pub(super) fn fills_up(&self) -> bool {
+    pub fn fills_up(&self) -> bool {
         self.multiple > 1
     }
 
     /// What a micro-batch's graph is built for.
-    pub(super) fn shape(&self, part: Part) -> StepShape {
+    pub fn shape(&self, part: Part) -> StepShape {
         let Sizes { pages, page_size, vocabulary, max_pages, expert_rows, .. } = *self;
         let Part { tokens, sequences, logit_rows, form, expert_tokens } = part;
         StepShape {
@@ -89,7 +90,7 @@ pub(super) fn vocabulary(config: &ModelConfig, options: EngineOptions) -> usize 
 }
 
 /// How many micro-batches a step of so many tokens is split into.
-pub(super) fn micro_batches(overlap: Overlap, tokens: usize) -> usize {
+pub fn micro_batches(overlap: Overlap, tokens: usize) -> usize {
     match overlap {
         Overlap::TwoBatch if tokens >= 2 => 2,
         _ => 1,

@@ -42,16 +42,21 @@ pub struct ParallelOptions {
     pub ranks_per_node: Option<usize>,
 }
 
+impl ParallelOptions {
+    /// One rank.
+    pub const SINGLE: ParallelOptions = ParallelOptions {
+        tensor: 1,
+        pipeline: 1,
+        data: 1,
+        expert: false,
+        redundant_experts: None,
+        ranks_per_node: None,
+    };
+}
+
 impl Default for ParallelOptions {
     fn default() -> Self {
-        ParallelOptions {
-            tensor: 1,
-            pipeline: 1,
-            data: 1,
-            expert: false,
-            redundant_experts: None,
-            ranks_per_node: None,
-        }
+        Self::SINGLE
     }
 }
 

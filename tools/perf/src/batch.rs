@@ -3,7 +3,7 @@
 use crate::workload::{Phase, Workload};
 use hal::op::AttentionWork;
 use model::config::ModelConfig;
-use model::engine::{EngineOptions, Overlap};
+use model::engine::{self, EngineOptions, StepPart, StepSizes};
 use model::graph::{Form, StepShape};
 use model::plan::ParallelPlan;
 
@@ -49,19 +49,13 @@ pub(crate) fn micro_batches(
         }
     };
     let total = whole.sequences * whole.tokens;
-    let split = module == Module::Main && options.overlap == Overlap::TwoBatch && total >= 2;
-    let parts = match split {
-        true => cut(whole, total.div_ceil(2)).to_vec(),
-        false => vec![vec![whole]],
+    let parts = match engine::micro_batches(options.overlap, total) {
+        2 if module == Module::Main => cut(whole, total.div_ceil(2)).to_vec(),
+        _ => vec![vec![whole]],
     };
     let decode = matches!(workload.phase, Phase::Decode { .. });
     let all_rows = decode && module == Module::Main;
-    let multiple = match plan.experts() {
-        Some(_) => plan.options().tensor,
-        None => 1,
-    };
-    let page = options.page_size;
-    let max_pages = options.max_model_len.div_ceil(page);
+    let sizes = StepSizes::of(config, plan, *options);
     parts
         .into_iter()
         .map(|spans| {
@@ -81,27 +75,20 @@ pub(crate) fn micro_batches(
                     (false, false) => 0,
                 };
             }
-            let padded = tokens.max(1).next_multiple_of(multiple);
+            let padded = sizes.filled_up(tokens);
             if padded > tokens {
                 // A sequence of its own fills the batch up.
                 let extra = padded - tokens;
                 work.add(extra as u64, extra as u64);
                 (sequences, keys) = (sequences + 1, keys + extra);
             }
-            let shape = StepShape {
+            let shape = sizes.shape(StepPart {
                 tokens: padded,
                 sequences,
                 logit_rows,
                 form: if decode { Form::Absorbed } else { Form::Expanded { keys } },
-                pages: (workload.sequences() + 1) * max_pages,
-                page_size: page,
-                max_pages,
-                vocabulary: config.vocab_size,
                 expert_tokens: padded * plan.options().data,
-                expert_capacity: options
-                    .expert_rows(config, plan)
-                    .map(|each| ((padded as f64 * each).ceil() as usize).max(1)),
-            };
+            });
             MicroBatch { shape, work }
         })
         .collect()
@@ -126,6 +113,7 @@ fn cut(whole: Span, tokens: usize) -> [Vec<Span>; 2] {
 mod tests {
     use super::*;
     use model::config::Preset;
+    use model::engine::Overlap;
     use model::plan::ParallelOptions;
 
     fn parts(phase: Phase, overlap: Overlap, tensor: usize, data: usize) -> Vec<MicroBatch> {

@@ -8,14 +8,7 @@ use proptest::prelude::*;
 use sim::Machine;
 use sim::machine::TileChoice;
 
-const NONE: ParallelOptions = ParallelOptions {
-    tensor: 1,
-    pipeline: 1,
-    data: 1,
-    expert: false,
-    redundant_experts: None,
-    ranks_per_node: None,
-};
+const NONE: ParallelOptions = ParallelOptions::SINGLE;
 
 #[derive(Clone, Copy, Debug)]
 struct Setup {

@@ -8,14 +8,7 @@ use model::plan::{ParallelOptions, ParallelPlan};
 use perf::{Estimator, Folding, Phase, Routing, Workload};
 use sim::{Machine, Mode, Options, System};
 
-const NONE: ParallelOptions = ParallelOptions {
-    tensor: 1,
-    pipeline: 1,
-    data: 1,
-    expert: false,
-    redundant_experts: None,
-    ranks_per_node: None,
-};
+const NONE: ParallelOptions = ParallelOptions::SINGLE;
 
 struct Case {
     machine: &'static str,
