@@ -264,7 +264,7 @@ fn run_round(
             // Come back when the other command is done.
             Err(Obstacle::Busy) => {
                 let again = system.clone();
-                return system.pool.run(move || run_round(again, group, number, round, devices));
+                return system.pool.run_once(move || run_round(again, group, number, round, devices));
             }
             Err(Obstacle::Data(rank, text)) => Err(fail(rank, Cause::Data(text))),
         },
@@ -320,7 +320,7 @@ fn run_pair(
     }
     if system.mode.functional() && copy(a, b).is_err() {
         let again = system.clone();
-        return system.pool.run(move || run_pair(again, group, (from, to), send, receive));
+        return system.pool.run_once(move || run_pair(again, group, (from, to), send, receive));
     }
     let cost = match system.mode.timed() {
         true => system.cost.collective(

@@ -1,11 +1,34 @@
 //! The worker threads of a system, which end with it.
+//!
+//! Tasks wait in one queue. A thread of the pool that has taken one goes on with the next, and looks
+//! out for more for a moment before it sleeps: ranks meet at collectives some ten times a token, and
+//! what all of them wait for is over sooner than a thread falls asleep and is woken again.
 
+use crossbeam::queue::SegQueue;
 use parking_lot::{Condvar, Mutex};
+use std::cell::Cell;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering, fence};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// Something for a worker to do.
+pub(crate) trait Task: Send + Sync + 'static {
+    fn carry_out(self: Arc<Self>);
+}
+
+/// A task that is done once.
+struct Once<F>(Mutex<Option<F>>);
+
+impl<F: FnOnce() + Send + 'static> Task for Once<F> {
+    fn carry_out(self: Arc<Self>) {
+        let work = self.0.lock().take();
+        if let Some(work) = work {
+            work();
+        }
+    }
+}
 
 /// A pool whose threads end with it. Whoever drops it joins them, unless that is one of them: a
 /// worker may be the last owner, for a moment after its last command. [`Threads`] then joins.
@@ -16,24 +39,113 @@ pub(crate) struct Workers {
     tasks: Arc<Tasks>,
 }
 
-/// How many tasks are queued or running.
-#[derive(Debug, Default)]
+/// How long a worker without tasks looks out for some: what it takes to fall asleep and be woken.
+const LOOKOUT: Duration = Duration::from_micros(50);
+
+/// Looks at the queue before it looks for pieces of kernels.
+const SPINS: usize = 64;
+
+/// Tasks that are queued or running, and who carries them out.
+#[derive(Default)]
 struct Tasks {
+    queue: SegQueue<Arc<dyn Task>>,
+    /// Queued or running.
     count: AtomicUsize,
+    /// Threads that take tasks, or are about to.
+    takers: AtomicUsize,
+    /// Those of them that have none and look out for some.
+    looking: AtomicUsize,
+    most_takers: usize,
     sleepers: Mutex<()>,
     none: Condvar,
 }
 
-/// A task that counts until it is dropped.
-struct Task(Arc<Tasks>);
+impl std::fmt::Debug for Tasks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} tasks", self.count.load(Ordering::Relaxed))
+    }
+}
 
-impl Drop for Task {
+/// Counts a task as done when dropped, however it ended.
+struct Taken<'t>(&'t Tasks);
+
+impl Drop for Taken<'_> {
     fn drop(&mut self) {
         if self.0.count.fetch_sub(1, Ordering::AcqRel) == 1 {
             // Whoever has seen a task under this lock sleeps by now.
             drop(self.0.sleepers.lock());
             self.0.none.notify_all();
         }
+    }
+}
+
+thread_local! {
+    /// Whether this thread takes tasks already.
+    static TAKES: Cell<bool> = const { Cell::new(false) };
+}
+
+impl Tasks {
+    /// Whether another taker is called for, which then counts as one.
+    fn wants_taker(&self) -> bool {
+        // Between queueing a task and looking at takers; they do it the other way round.
+        fence(Ordering::SeqCst);
+        self.looking.load(Ordering::Relaxed) == 0 && !self.queue.is_empty() && self.one_more()
+    }
+
+    fn one_more(&self) -> bool {
+        let more = |takers| (takers < self.most_takers).then_some(takers + 1);
+        self.takers.fetch_update(Ordering::SeqCst, Ordering::Relaxed, more).is_ok()
+    }
+
+    /// What a taker does.
+    fn take(self: &Arc<Self>) {
+        if TAKES.replace(true) {
+            // While it looked out, this thread was given what was meant for another one. It finds
+            // the tasks by itself, and then calls the other one again.
+            self.takers.fetch_sub(1, Ordering::SeqCst);
+            return;
+        }
+        loop {
+            while let Some(task) = self.queue.pop() {
+                let _counted = Taken(self);
+                task.carry_out();
+            }
+            if !self.look_out() {
+                break;
+            }
+        }
+        TAKES.set(false);
+    }
+
+    /// Whether there is something to take within a moment. Else this is a taker no more.
+    fn look_out(self: &Arc<Self>) -> bool {
+        let began = Instant::now();
+        while self.queue.is_empty() && began.elapsed() < LOOKOUT {
+            self.looking.fetch_add(1, Ordering::SeqCst);
+            for _ in 0..SPINS {
+                if !self.queue.is_empty() {
+                    break;
+                }
+                std::hint::spin_loop();
+            }
+            self.looking.fetch_sub(1, Ordering::SeqCst);
+            // Kernels cut their work into pieces for whoever is free.
+            if self.queue.is_empty() {
+                rayon::yield_now();
+            }
+        }
+        if self.queue.is_empty() {
+            self.takers.fetch_sub(1, Ordering::SeqCst);
+            // Whoever queued something before that has found no place for a taker.
+            fence(Ordering::SeqCst);
+            return !self.queue.is_empty() && self.one_more();
+        }
+        // Whoever queued several may have relied on this thread, which takes one at a time.
+        if self.wants_taker() {
+            let tasks = self.clone();
+            rayon::spawn(move || tasks.take());
+        }
+        true
     }
 }
 
@@ -65,18 +177,23 @@ impl Workers {
             .build()?;
         let state = Mutex::new(State { handles, told_to_end: false });
         let threads = Arc::new(Threads { state, told_to_end: Condvar::new() });
-        Ok(Workers { pool: Some(pool), threads, tasks: Arc::default() })
+        let tasks = Arc::new(Tasks { most_takers: pool.current_num_threads(), ..Tasks::default() });
+        Ok(Workers { pool: Some(pool), threads, tasks })
     }
 
     /// Has a task carried out by a worker.
-    pub(crate) fn run(&self, work: impl FnOnce() + Send + 'static) {
+    pub(crate) fn run(&self, task: Arc<dyn Task>) {
         self.tasks.count.fetch_add(1, Ordering::AcqRel);
-        let task = Task(self.tasks.clone());
-        self.spawn(move || {
-            // Before the work: what it holds may be the pool's last owner.
-            let _counts = task;
-            work();
-        });
+        self.tasks.queue.push(task);
+        if self.tasks.wants_taker() {
+            let tasks = self.tasks.clone();
+            self.spawn(move || tasks.take());
+        }
+    }
+
+    /// As [`Workers::run`], for what is done once.
+    pub(crate) fn run_once(&self, work: impl FnOnce() + Send + 'static) {
+        self.run(Arc::new(Once(Mutex::new(Some(work)))));
     }
 
     /// Whether there is no task at the moment.

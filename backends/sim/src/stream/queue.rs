@@ -16,6 +16,7 @@ use crate::device::DieState;
 use crate::memory::Memory;
 use crate::system::Shared;
 use crate::timeline::{Step, StreamIndex};
+use crate::workers::Task;
 use hal::fault::FaultAction;
 use hal::op::Access;
 use hal::trace::{CommandKind, Span, WaitedFor};
@@ -298,6 +299,12 @@ impl From<Pending> for Finished {
     }
 }
 
+impl Task for StreamShared {
+    fn carry_out(self: Arc<Self>) {
+        self.drain();
+    }
+}
+
 impl StreamShared {
     pub(crate) fn new(system: Arc<Shared>, id: StreamId, label: &str) -> Self {
         StreamShared {
@@ -473,8 +480,7 @@ impl StreamShared {
 
     /// Asks a worker to drain the stream.
     pub(super) fn schedule(self: &Arc<Self>) {
-        let stream = self.clone();
-        self.system.pool.run(move || stream.drain());
+        self.system.pool.run(self.clone());
     }
 
     /// Wakes a held stream, if `sequence` is what holds it.
