@@ -10,11 +10,14 @@
 //! once, a command may be worked out before another one is submitted that would have overlapped it on
 //! its die; times of dies with one stream each do not depend on that.
 
-use crate::stream::StreamShared;
+use crate::cost::Cost;
+use crate::stream::{Launched, StreamShared};
 use crate::timeline::{Done, Step, StreamIndex, Timeline};
 use hal::trace::Span;
+use hal::{Clock, StreamId};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long other ranks may be behind before they count as failed, while workers are never idle.
@@ -23,9 +26,23 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Ends of commands that a stream remembers, beyond those that the host has not seen.
 const REMEMBERED: u64 = 1 << 16;
 
-/// A command that has been carried out.
+/// What a stream has carried out, in order. Short, since there is one for every command, on its way
+/// from a worker to the clock.
 #[derive(Debug)]
-pub(crate) struct Carried {
+pub(crate) enum Carried {
+    /// A list begins on this of its streams; those of its ops that follow are told by their place.
+    Launch(Arc<Launched>, u32),
+    /// An op of a list, at its usual cost.
+    Listed(u32),
+    /// An op of a list, at a cost of its own.
+    ListedAt(u32, Box<Cost>),
+    /// Any other command.
+    One(Box<Single>),
+}
+
+/// A command that is not told by a list.
+#[derive(Debug)]
+pub(crate) struct Single {
     /// When the host had issued it.
     pub(crate) issued: u64,
     /// How much longer it took than it should, by a fault rule.
@@ -44,29 +61,90 @@ pub(crate) struct SimClock {
 #[derive(Debug)]
 struct State {
     timeline: Timeline,
-    /// Of each stream, spans without times of commands that have none yet.
-    spans: Vec<VecDeque<Option<Span>>>,
+    /// Of each stream, what has been carried out and has no times yet.
+    open: Vec<Open>,
+}
+
+/// What a stream has carried out and has no times yet.
+#[derive(Debug)]
+struct Open {
+    id: StreamId,
+    carried: VecDeque<Carried>,
+    /// The list that the first of them belong to, and the one that the last belong to.
+    first: Option<(Arc<Launched>, usize)>,
+    last: Option<(Arc<Launched>, usize)>,
+}
+
+impl Open {
+    /// The span of the first command, without times, if it has one.
+    fn next(&mut self, sequence: u64, traced: bool) -> Option<Span> {
+        let listed = |list: &Option<(Arc<Launched>, usize)>, at: u32, cost: Option<Cost>| {
+            let (launched, stream) = list.as_ref().filter(|_| traced)?;
+            let command = launched.command(*stream, at as usize);
+            let Cost { operations, bytes, bound, .. } = cost.unwrap_or(command.usual_cost());
+            Some(Span {
+                stream: self.id,
+                sequence,
+                kind: command.kind(),
+                label: command.label(),
+                clock: Clock::Simulated,
+                ready: 0,
+                start: 0,
+                end: 0,
+                operations,
+                bytes,
+                bound,
+                waited_for: None,
+            })
+        };
+        loop {
+            match self.carried.pop_front()? {
+                Carried::Launch(launched, stream) => self.first = Some((launched, stream as usize)),
+                Carried::Listed(at) => return listed(&self.first, at, None),
+                Carried::ListedAt(at, cost) => return listed(&self.first, at, Some(*cost)),
+                Carried::One(single) => return single.span,
+            }
+        }
+    }
 }
 
 impl SimClock {
     pub(crate) fn new(dies: usize) -> Self {
-        let state = State { timeline: Timeline::new(dies), spans: Vec::new() };
+        let state = State { timeline: Timeline::new(dies), open: Vec::new() };
         SimClock { state: Mutex::new(state) }
     }
 
-    /// A new stream of a die.
-    pub(crate) fn stream(&self, die: u32) -> StreamIndex {
+    /// A new stream.
+    pub(crate) fn stream(&self, id: StreamId) -> StreamIndex {
         let mut state = self.state.lock();
-        state.spans.push(VecDeque::new());
-        state.timeline.stream(die)
+        state.open.push(Open { id, carried: VecDeque::new(), first: None, last: None });
+        state.timeline.stream(id.device.0)
     }
 
     /// Takes in what a stream has carried out.
     pub(crate) fn take_in(&self, stream: StreamIndex, carried: impl Iterator<Item = Carried>) {
         let mut state = self.state.lock();
-        for Carried { issued, delay, step, span } in carried {
-            state.spans[stream.0 as usize].push_back(span);
-            state.timeline.push(stream, issued, delay, step);
+        let State { timeline, open } = &mut *state;
+        let Open { carried: kept, last, .. } = &mut open[stream.0 as usize];
+        for mut carried in carried {
+            let issued = last.as_ref().map_or(0, |(launched, _)| launched.issued);
+            match &mut carried {
+                Carried::Launch(launched, at) => *last = Some((launched.clone(), *at as usize)),
+                Carried::Listed(at) => {
+                    let cost = last.as_ref().map_or(Cost::NOTHING, |(launched, stream)| {
+                        launched.command(*stream, *at as usize).usual_cost()
+                    });
+                    timeline.push(stream, issued, 0, Step::Run(cost));
+                }
+                Carried::ListedAt(_, cost) => {
+                    timeline.push(stream, issued, 0, Step::Run(**cost));
+                }
+                Carried::One(single) => {
+                    let step = std::mem::replace(&mut single.step, Step::Run(Cost::NOTHING));
+                    timeline.push(stream, single.issued, single.delay, step);
+                }
+            }
+            kept.push_back(carried);
         }
     }
 
@@ -121,16 +199,14 @@ impl SimClock {
 impl State {
     /// Tells those who trace what has ended.
     fn tell(&mut self, system: &crate::system::Shared) {
-        let State { timeline, spans } = self;
+        let State { timeline, open } = self;
         // Receivers by die, asked for once.
         let sinks: Vec<_> = system.dies.iter().map(|die| die.trace()).collect();
-        for Done { stream, ready, start, end, .. } in timeline.take_done() {
-            let span = spans[stream.0 as usize].pop_front().flatten();
-            if let Some(mut span) = span
-                && let Some(sink) = &sinks[span.stream.device.0 as usize]
-            {
-                (span.ready, span.start, span.end) = (ready, start, end);
-                sink.record(&span);
+        for Done { stream, value, ready, start, end } in timeline.take_done() {
+            let open = &mut open[stream.0 as usize];
+            let sink = &sinks[open.id.device.0 as usize];
+            if let (Some(span), Some(sink)) = (open.next(value, sink.is_some()), sink) {
+                sink.record(&Span { ready, start, end, ..span });
             }
         }
     }

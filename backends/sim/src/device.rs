@@ -299,8 +299,8 @@ impl Device for SimDevice {
             });
         }
         let die = self.die();
-        if self.shared.mode.timed() && die.trace().is_some() {
-            // The former receiver gets what has run by now.
+        if self.shared.mode.timed() {
+            // What has run by now is the former receiver's, or nobody's.
             self.shared.clock.play(&self.shared);
         }
         die.tracing.store(sink.is_some(), Ordering::Release);

@@ -38,6 +38,8 @@ struct Line([u8; 64]);
 pub(crate) struct Memory {
     /// Absent in a timing-only simulation.
     storage: Option<RwLock<Storage>>,
+    /// Where the storage lies, for hints about it.
+    address: usize,
     pub(crate) id: BufferId,
     pub(crate) size: u64,
     pub(crate) device: DeviceId,
@@ -94,11 +96,12 @@ impl Memory {
     /// Memory of `size` bytes; without storage if `with_values` is false.
     pub(crate) fn new(device: DeviceId, size: u64, with_values: bool) -> Option<Self> {
         let storage = match with_values {
-            true => Some(RwLock::new(Storage::new(size)?)),
+            true => Some(Storage::new(size)?),
             false => None,
         };
-        let accesses = Mutex::default();
-        Some(Memory { id: BufferId::next(), device, size, accesses, storage })
+        let address = storage.as_ref().map_or(0, |storage| storage.bytes().as_ptr().addr());
+        let (storage, accesses) = (storage.map(RwLock::new), Mutex::default());
+        Some(Memory { id: BufferId::next(), device, size, address, accesses, storage })
     }
 
     /// Reads the bytes if no command holds them; `None` from `f`'s caller's view means try again.
@@ -166,25 +169,36 @@ pub(crate) type Spans<'a> = ArrayVec<Span<'a>, MAX_OPERANDS>;
 
 /// The range of an operand, and its memory.
 #[derive(Clone, Debug)]
-pub(crate) struct Place {
+pub(crate) struct Extent {
     memory: Arc<Memory>,
     offset: u64,
     len: u64,
     access: Access,
 }
 
-impl Place {
+/// Bytes of an operand that are fetched ahead: enough for the hardware to go on by itself.
+const FETCHED: u64 = 1 << 11;
+
+impl Extent {
     pub(crate) fn new(t: &SimTensor, access: Access) -> Self {
-        Place { memory: t.memory.clone(), offset: t.offset, len: t.desc.extent(), access }
+        Extent { memory: t.memory.clone(), offset: t.offset, len: t.desc.extent(), access }
     }
 
     /// Asks for what a command will look at first.
     pub(crate) fn fetch(&self) {
-        fetch(&*self.memory, 64);
+        fetch(std::ptr::from_ref(&*self.memory).addr(), size_of::<Memory>().min(128));
+    }
+
+    /// Asks for the first of the bytes that it will read, after [`Extent::fetch`].
+    pub(crate) fn fetch_bytes(&self) {
+        if self.access.reads() {
+            let at = self.memory.address.wrapping_add(self.offset as usize);
+            fetch(at, self.len.min(FETCHED) as usize);
+        }
     }
 
     pub(crate) fn span(&self) -> Span<'_> {
-        let Place { memory, offset, len, access } = self;
+        let Extent { memory, offset, len, access } = self;
         Span { memory, offset: *offset, len: *len, access: *access }
     }
 }

@@ -6,6 +6,7 @@ use crate::cost::{CostModel, TileModel};
 use crate::device::{DieState, SimDevice};
 use crate::kernels;
 use crate::machine::Machine;
+use crate::stream::Recipes;
 use crate::workers::Workers;
 use hal::hazard::StreamOrder;
 use hal::{CommunicatorId, Device, DeviceId, Error, Topology};
@@ -65,6 +66,7 @@ pub(crate) struct Shared {
     pub(crate) pool: Workers,
     pub(crate) order: StreamOrder,
     pub(crate) clock: SimClock,
+    pub(crate) recipes: Recipes,
     /// Held while what streams have carried out is taken in, which must be in order.
     settling: Mutex<()>,
     pub(crate) groups: Mutex<HashMap<CommunicatorId, Arc<Group>>>,
@@ -126,6 +128,7 @@ impl System {
             pool,
             order: StreamOrder::default(),
             clock: SimClock::new(machine.dies() as usize),
+            recipes: Recipes::default(),
             settling: Mutex::default(),
             groups: Mutex::default(),
             next_communicator: AtomicU64::new(1),

@@ -5,7 +5,7 @@ use bytemuck::Pod;
 use hal::{Operand, TensorDesc};
 
 /// Stands for an operand in an `Op<Arg>`: which one it is, and its shape.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Arg {
     pub(crate) index: u32,
     pub(crate) desc: TensorDesc,

@@ -361,15 +361,14 @@ mod x86 {
     }
 }
 
-/// Asks for the first bytes of a value, which will be wanted soon.
-pub(crate) fn fetch<T: ?Sized>(value: &T, bytes: usize) {
-    let lines = size_of_val(value).min(bytes).div_ceil(64);
+/// Asks for the bytes at an address, which will be wanted soon.
+pub(crate) fn fetch(address: usize, bytes: usize) {
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = lines;
+    let _ = (address, bytes);
     #[cfg(target_arch = "x86_64")]
-    for line in 0..lines {
-        let at = std::ptr::from_ref(value).cast::<i8>().wrapping_add(line * 64);
-        // SAFETY: a hint that reads nothing; SSE is part of x86-64.
+    for line in 0..bytes.div_ceil(64) {
+        let at = std::ptr::without_provenance::<i8>(address.wrapping_add(line * 64));
+        // SAFETY: a hint that reads nothing, whatever the address; SSE is part of x86-64.
         unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at) }
     }
 }

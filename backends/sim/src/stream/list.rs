@@ -108,7 +108,7 @@ fn whole(
         for member in prepared.members_of(at) {
             queue.takes_part_in(&member.group);
         }
-        queue.submitted += prepared.commands[at].len() as u64;
+        queue.submitted += prepared.tracks[at].commands.len() as u64;
         queue.pending.push_back(Queued::List(rest));
         if queue.activity.start() {
             starting.push(at);
@@ -125,9 +125,9 @@ fn unchanged(system: &Arc<Shared>, prepared: &Prepared, numbered: &[(StreamId, u
     let latest = prepared.standing.latest();
     let same = latest.len() == numbered.len()
         && latest.iter().zip(numbered).all(|((old, _), (new, _))| old == new);
-    same && latest.iter().zip(&prepared.commands).all(|((earlier, before), commands)| {
-        let last = before + commands.len() as u64;
-        commands.is_empty()
+    same && latest.iter().zip(&prepared.tracks).all(|((earlier, before), track)| {
+        let last = before + track.commands.len() as u64;
+        track.commands.is_empty()
             || latest.iter().all(|(later, _)| system.order.is_ordered(*earlier, last, *later))
     })
 }

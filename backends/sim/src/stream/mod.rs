@@ -1,17 +1,22 @@
 //! Simulated streams: queues that worker threads drain.
 //!
-//! [`queue`] is the state of one stream and how it advances; [`timeline`] how far it has come;
-//! [`work`] is what a queued command is and how it is carried out; [`list`] launches many of them
-//! at once, [`prepared`] for launches to come. This file is the [`Stream`] that callers see.
+//! [`queue`] is the state of one stream and how commands enter it, [`advance`] how they are carried
+//! out, [`timeline`] how far it has come; [`work`] is what a queued command is and does; [`list`]
+//! launches many of them at once, [`prepared`] for launches to come, by [`recipe`]s. This file is the [`Stream`] that callers see.
 
+mod advance;
 mod list;
 mod prepared;
 mod queue;
+mod recipe;
 mod timeline;
 mod work;
 
 pub(crate) use list::execute;
-pub(crate) use queue::{Held, Launch, StreamShared, Touch};
+pub(crate) use advance::Held;
+pub(crate) use prepared::Launched;
+pub(crate) use queue::{Launch, StreamShared, Touch};
+pub(crate) use recipe::Recipes;
 pub(crate) use timeline::SPIN;
 pub(crate) use work::Work;
 

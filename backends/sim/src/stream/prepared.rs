@@ -7,10 +7,11 @@
 
 use super::SimStream;
 use super::queue::{Pending, StreamShared};
-use super::work::{Outcome, Ready, Work, fill};
+use super::recipe::Recipe;
+use super::work::{Halt, Work, fill};
 use crate::collective::{Group, Part, SimCommunicator, Submission};
-use crate::kernels::fetch;
-use crate::memory::{Memory, Standing};
+use crate::cost::Cost;
+use crate::memory::{Extent, Memory, Standing};
 use crate::system::Shared;
 use hal::hazard::{AccessLog, StreamOrder};
 use hal::op::{Access, AttentionWork};
@@ -25,8 +26,8 @@ use std::sync::{Arc, Weak};
 pub(super) struct Prepared {
     system: Weak<Shared>,
     device: DeviceId,
-    /// Of each stream of the list, its commands.
-    pub(super) commands: Vec<Vec<Command>>,
+    /// What each stream of the list has of it.
+    pub(super) tracks: Vec<Track>,
     /// The waits, in the order of issue.
     pub(super) waits: Vec<Wait>,
     /// The memory that it touches, each once.
@@ -38,18 +39,20 @@ pub(super) struct Prepared {
     attention: Vec<usize>,
 }
 
-/// A command of a list.
-#[derive(Debug)]
-pub(super) struct Command {
-    pub(super) kind: CommandKind,
-    pub(super) label: Label,
-    action: Action,
+/// One stream's commands of a list, in order, and all that they touch: read from end to end.
+#[derive(Debug, Default)]
+pub(super) struct Track {
+    pub(super) commands: Vec<Command>,
+    operands: Vec<Extent>,
 }
 
+/// A command of a list.
 #[derive(Debug)]
-enum Action {
+pub(crate) enum Command {
     Op {
-        op: Ready,
+        recipe: Arc<Recipe>,
+        /// Its part of the operands.
+        operands: Range<usize>,
         /// Which of the launch's amounts of attention work is its own.
         attention: Option<usize>,
     },
@@ -61,6 +64,8 @@ enum Action {
     },
     Wait(Place),
     Collective {
+        kind: CommandKind,
+        label: Label,
         member: usize,
         /// Its number among the group collectives of the list; absent for sends and receives.
         round: Option<u64>,
@@ -68,10 +73,38 @@ enum Action {
     },
 }
 
+impl Command {
+    pub(crate) fn kind(&self) -> CommandKind {
+        match self {
+            Command::Op { recipe, .. } => CommandKind::Op(recipe.kind()),
+            Command::Fill { .. } => CommandKind::Fill,
+            Command::Wait(_) => CommandKind::Wait,
+            Command::Collective { kind, .. } => *kind,
+        }
+    }
+
+    /// What a run costs, unless it said so itself.
+    pub(crate) fn usual_cost(&self) -> Cost {
+        match self {
+            Command::Op { recipe, .. } => recipe.usual_cost(),
+            _ => Cost::NOTHING,
+        }
+    }
+
+    pub(crate) fn label(&self) -> Label {
+        match self {
+            Command::Op { recipe, .. } => recipe.label.clone(),
+            Command::Fill { .. } => Label::Static("fill"),
+            Command::Wait(_) => Label::Static("wait"),
+            Command::Collective { label, .. } => label.clone(),
+        }
+    }
+}
+
 /// A command of the list: its stream, and how many the list has there up to it. None stands for
 /// what was there before the list.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
+pub(crate) struct Place {
     pub(super) stream: usize,
     pub(super) count: u64,
 }
@@ -118,7 +151,7 @@ impl Prepared {
             made: Prepared {
                 system: Arc::downgrade(system),
                 device,
-                commands: streams.iter().map(|_| Vec::new()).collect(),
+                tracks: streams.iter().map(|_| Track::default()).collect(),
                 waits: Vec::new(),
                 footprints: Vec::new(),
                 standing: Arc::new(Standing::new(Vec::new())),
@@ -138,25 +171,6 @@ impl Prepared {
     /// Whether it was made for this die.
     pub(super) fn fits(&self, system: &Arc<Shared>, device: DeviceId) -> bool {
         std::ptr::eq(self.system.as_ptr(), Arc::as_ptr(system)) && self.device == device
-    }
-
-    /// Asks for what the commands after this one will look at. With many dies, every command is one
-    /// that was last looked at long ago, and without asking it would wait for each of these in turn.
-    fn fetch_ahead(&self, stream: usize, at: usize) {
-        let commands = &self.commands[stream];
-        let op = |at: usize| match commands.get(at).map(|command| &command.action) {
-            Some(Action::Op { op, .. }) => Some(op),
-            _ => None,
-        };
-        if let Some(op) = op(at + 2) {
-            op.fetch();
-        }
-        if let Some(op) = op(at + 1) {
-            op.fetch_memory();
-            if let Label::Shared(label) = &commands[at + 1].label {
-                fetch(&**label, 1);
-            }
-        }
     }
 
     /// The communicators that a stream has collectives of.
@@ -194,14 +208,16 @@ struct Maker {
 
 impl Maker {
     fn add(&mut self, at: usize, entry: &Entry, stream: &SimStream) -> Option<()> {
-        let count = self.made.commands[entry.stream].len() as u64 + 1;
+        let count = self.made.tracks[entry.stream].commands.len() as u64 + 1;
         let place = Place { stream: entry.stream, count };
         let command = match &entry.action {
             ListAction::Op(command) => {
                 let op = stream.resolve_op(command).ok()?;
                 let mut ordered = true;
+                let mut extents = Vec::new();
                 op.visit(|_, access, t| {
                     ordered &= self.touch(place, &t.memory, t.offset, t.desc.extent(), access);
+                    extents.push(Extent::new(t, access));
                 });
                 if !ordered {
                     return None;
@@ -210,8 +226,11 @@ impl Maker {
                     self.made.attention.push(at);
                     self.made.attention.len() - 1
                 });
-                let (kind, op) = (CommandKind::Op(op.kind()), Ready::new(&op));
-                Command { kind, label: command.label.clone(), action: Action::Op { op, attention } }
+                let all = &mut self.made.tracks[entry.stream].operands;
+                let operands = all.len()..all.len() + extents.len();
+                all.extend(extents);
+                let recipe = stream.shared.system.recipes.get(&op, &command.label);
+                Command::Op { recipe, operands, attention }
             }
             ListAction::Fill { region, byte } => {
                 let memory = stream.region(region).ok()?.clone();
@@ -219,8 +238,7 @@ impl Maker {
                 if !self.touch(place, &memory, offset, len, Access::Write) {
                     return None;
                 }
-                let action = Action::Fill { memory, offset, len, byte };
-                Command { kind: CommandKind::Fill, label: "fill".into(), action }
+                Command::Fill { memory, offset, len, byte }
             }
             ListAction::Wait(target) => {
                 let target = match *target {
@@ -230,8 +248,7 @@ impl Maker {
                 self.made.waits.push(Wait { place, target });
                 let [waiter, signaller] = [place, target].map(|p| self.stand_in(p.stream));
                 self.order.wait(waiter, count, signaller, target.count);
-                let action = Action::Wait(target);
-                Command { kind: CommandKind::Wait, label: "wait".into(), action }
+                Command::Wait(target)
             }
             ListAction::Collectives { communicator, batch, label } => {
                 let resolved = stream.resolve_collectives(communicator, batch, label).ok()?;
@@ -256,11 +273,11 @@ impl Maker {
                     *rounds += 1;
                     *rounds
                 });
-                let action = Action::Collective { member, round, parts };
-                Command { kind: resolved.kind, label: label.clone(), action }
+                let (kind, label) = (resolved.kind, label.clone());
+                Command::Collective { kind, label, member, round, parts }
             }
         };
-        self.made.commands[entry.stream].push(command);
+        self.made.tracks[entry.stream].commands.push(command);
         self.places.push(place);
         Some(())
     }
@@ -314,7 +331,7 @@ impl Maker {
 
 /// One launch of a list.
 #[derive(Debug)]
-pub(super) struct Launched {
+pub(crate) struct Launched {
     pub(super) prepared: Arc<Prepared>,
     /// The list's streams, if they wait for each other.
     pub(super) streams: Vec<Arc<StreamShared>>,
@@ -324,15 +341,55 @@ pub(super) struct Launched {
     pub(super) rounds: Vec<u64>,
     pub(super) attention: Box<[AttentionWork]>,
     /// When the host had issued it.
-    pub(super) issued: u64,
+    pub(crate) issued: u64,
+}
+
+impl Launched {
+    /// The command at a place of a stream.
+    pub(crate) fn command(&self, stream: usize, at: usize) -> &Command {
+        &self.prepared.tracks[stream].commands[at]
+    }
+
+    /// The number that it has there.
+    pub(crate) fn sequence(&self, stream: usize, at: usize) -> u64 {
+        self.before[stream] + at as u64 + 1
+    }
+
+    /// Carries an op or a fill out. Says what it cost if that is not as usual; `None` for other
+    /// commands.
+    fn run(&self, stream: usize, at: usize, system: &Shared) -> Option<Result<Option<Cost>, Halt>> {
+        let Track { commands, operands: all } = &self.prepared.tracks[stream];
+        Some(match &commands[at] {
+            Command::Op { recipe, operands, attention } => {
+                let attention = attention.map(|at| self.attention[at]);
+                recipe.run(&all[operands.clone()], attention, system)
+            }
+            Command::Fill { memory, offset, len, byte } => {
+                fill(memory, *offset, *len, *byte, system).map(Some)
+            }
+            Command::Wait(_) | Command::Collective { .. } => return None,
+        })
+    }
+
+    /// Asks for what the commands after this one will look at. With many dies, every command is one
+    /// that was last looked at long ago, and without asking it would wait for each of these in turn.
+    fn fetch_ahead(&self, stream: usize, at: usize) {
+        let Track { commands, operands: all } = &self.prepared.tracks[stream];
+        let operands = |at: usize| match commands.get(at) {
+            Some(Command::Op { operands, .. }) => &all[operands.clone()],
+            _ => &[],
+        };
+        operands(at + 2).iter().for_each(Extent::fetch);
+        operands(at + 1).iter().for_each(Extent::fetch_bytes);
+    }
 }
 
 /// What is left of a launch on one stream.
 #[derive(Debug)]
 pub(super) struct Rest {
-    launched: Arc<Launched>,
-    stream: usize,
-    done: usize,
+    pub(super) launched: Arc<Launched>,
+    pub(super) stream: usize,
+    pub(super) done: usize,
 }
 
 impl Rest {
@@ -343,64 +400,43 @@ impl Rest {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.done == self.launched.prepared.commands[self.stream].len()
+        self.done == self.launched.prepared.tracks[self.stream].commands.len()
     }
 
-    /// The next command, for messages.
+    /// The next command, and its number.
     pub(super) fn peek(&self) -> (u64, &Command) {
-        let Launched { prepared, before, .. } = &*self.launched;
-        let sequence = before[self.stream] + self.done as u64 + 1;
-        (sequence, &prepared.commands[self.stream][self.done])
+        let Rest { launched, stream, done } = self;
+        (launched.sequence(*stream, *done), launched.command(*stream, *done))
     }
 
-    /// Takes the next command out, as if it had been queued by itself.
-    pub(super) fn next(&mut self) -> Pending {
+    /// Carries the next command out if it is an op or a fill; see [`Launched::run`].
+    pub(super) fn run(&self, system: &Shared) -> Option<Result<Option<Cost>, Halt>> {
+        self.launched.fetch_ahead(self.stream, self.done);
+        self.launched.run(self.stream, self.done, system)
+    }
+
+    /// Takes the next command out, which is a wait or a collective, as if it had been queued by
+    /// itself.
+    pub(super) fn take(&mut self) -> Pending {
         let (sequence, command) = self.peek();
         let launched = &self.launched;
-        let work = match &command.action {
-            Action::Op { .. } | Action::Fill { .. } => Work::Listed(Listed {
-                launched: launched.clone(),
-                stream: self.stream,
-                at: self.done,
-            }),
-            Action::Wait(Place { stream, count }) => Work::Wait {
+        let work = match command {
+            Command::Wait(Place { stream, count }) => Work::Wait {
                 target: launched.streams[*stream].clone(),
                 value: launched.before[*stream] + count,
             },
-            Action::Collective { member, round, parts } => {
+            Command::Collective { member, round, parts, .. } => {
                 let Member { group, rank, .. } = &launched.prepared.members[*member];
                 let round = round.map(|round| launched.rounds[*member] + round);
                 Work::Collective(Submission::new(group.clone(), *rank, round, parts.clone()))
             }
+            Command::Op { .. } | Command::Fill { .. } => {
+                unreachable!("these are run where they are")
+            }
         };
-        launched.prepared.fetch_ahead(self.stream, self.done);
-        let (kind, label, issued) = (command.kind, command.label.clone(), launched.issued);
+        let pending =
+            Pending::new(sequence, command.kind(), command.label(), launched.issued, work);
         self.done += 1;
-        Pending::new(sequence, kind, label, issued, work)
-    }
-}
-
-/// An op or a fill of a launch.
-#[derive(Debug)]
-pub(crate) struct Listed {
-    launched: Arc<Launched>,
-    stream: usize,
-    at: usize,
-}
-
-impl Listed {
-    /// As [`Work::run`].
-    pub(super) fn run(&self, system: &Shared) -> Outcome {
-        match &self.launched.prepared.commands[self.stream][self.at].action {
-            Action::Op { op, attention } => {
-                op.run(attention.map(|at| self.launched.attention[at]), system)
-            }
-            Action::Fill { memory, offset, len, byte } => {
-                fill(memory, *offset, *len, *byte, system)
-            }
-            Action::Wait(_) | Action::Collective { .. } => {
-                unreachable!("the queue carries these out")
-            }
-        }
+        pending
     }
 }

@@ -1,26 +1,24 @@
-//! One stream's queue: how commands enter it, advance, complete and fail.
+//! One stream's queue, and how commands enter it.
 //!
-//! A stream is idle, scheduled on a worker, held by something that will wake it, or hung. A worker
-//! drains it until it is empty or held. No worker blocks, so that any number of streams runs on any
-//! number of threads.
+//! A stream is idle, scheduled on a worker, held by something that will wake it, or hung;
+//! [`super::advance`] carries it on.
 //!
 //! A command that has been carried out is noted with what it costs and what it waited for. When it
 //! would have run, [`crate::clock`] works out when somebody asks.
 
 use super::prepared::Rest;
-use super::work::{Outcome, Work};
+use super::advance::Waiter;
+use super::work::Work;
 use crate::clock::Carried;
 use crate::collective::Group;
-use crate::cost::Cost;
 use crate::device::DieState;
 use crate::memory::Memory;
 use crate::system::Shared;
-use crate::timeline::{Step, StreamIndex};
-use crate::workers::Task;
+use crate::timeline::StreamIndex;
 use hal::fault::FaultAction;
 use hal::op::Access;
-use hal::trace::{CommandKind, Span, WaitedFor};
-use hal::{Cause, Clock, Error, Failure, Label, Result, StreamId};
+use hal::trace::{CommandKind, WaitedFor};
+use hal::{Error, Label, Result, StreamId};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rayon::prelude::*;
 use std::cell::Cell;
@@ -53,14 +51,14 @@ pub(super) struct Queue {
     /// The sequence number of the last command that was carried out.
     pub(super) completed: u64,
     /// What has been carried out and not been taken in by the clock.
-    carried: Vec<Carried>,
+    pub(super) carried: Vec<Carried>,
     /// Commands submitted when the clock last worked out everything by itself.
     worked_out: u64,
-    waiters: Vec<Waiter>,
+    pub(super) waiters: Vec<Waiter>,
     /// The lowest value that a host thread sleeps for.
     pub(super) host_waits_for: Option<u64>,
     /// Communicators that it has submitted collectives to.
-    groups: Vec<Arc<Group>>,
+    pub(super) groups: Vec<Arc<Group>>,
 }
 
 #[derive(Clone, Debug)]
@@ -123,7 +121,7 @@ impl Queued {
             Queued::One(pending) => Brief::of(pending, None),
             Queued::List(rest) => {
                 let (sequence, command) = rest.peek();
-                let (kind, label) = (command.kind, command.label.clone());
+                let (kind, label) = (command.kind(), command.label());
                 Brief { sequence, kind, label, waits_for: None }
             }
         }
@@ -138,8 +136,8 @@ pub(crate) struct Pending {
     pub(crate) label: Label,
     /// When the host had issued it.
     pub(crate) issued: u64,
-    fault: FaultAction,
-    work: Work,
+    pub(super) fault: FaultAction,
+    pub(super) work: Work,
 }
 
 impl Pending {
@@ -153,20 +151,6 @@ impl Pending {
     ) -> Self {
         Pending { sequence, kind, label, issued, fault: FaultAction::Pass, work }
     }
-}
-
-/// A command that is the head of its stream and waits for other ranks. Whoever holds it completes
-/// or fails it.
-#[derive(Debug)]
-pub(crate) struct Held {
-    pub(crate) stream: Arc<StreamShared>,
-    pub(crate) sequence: u64,
-    pub(crate) label: Label,
-    kind: CommandKind,
-    issued: u64,
-    delay: u64,
-    /// The ranks that it meets, for traces.
-    pub(crate) waited_for: Option<WaitedFor>,
 }
 
 /// A range that a command is about to touch.
@@ -250,17 +234,6 @@ fn copy(pool: &rayon::ThreadPool, src: &[u8], dst: &mut [u8]) {
     });
 }
 
-enum Next {
-    Run(Pending),
-    Done,
-}
-
-/// Whether the worker goes on with the stream's next command.
-enum Flow {
-    Continue,
-    Stop,
-}
-
 impl Queue {
     /// As [`StreamShared::takes_part_in`].
     pub(super) fn takes_part_in(&mut self, group: &Arc<Group>) {
@@ -270,45 +243,10 @@ impl Queue {
     }
 }
 
-/// A stream whose command `sequence` waits for `value` of the stream that keeps this.
-#[derive(Debug)]
-struct Waiter {
-    value: u64,
-    stream: Arc<StreamShared>,
-    sequence: u64,
-}
-
-/// What remains of a command once it has run.
-struct Finished {
-    sequence: u64,
-    kind: CommandKind,
-    label: Label,
-    issued: u64,
-    waited_for: Option<WaitedFor>,
-}
-
-impl From<Pending> for Finished {
-    fn from(p: Pending) -> Self {
-        Finished {
-            sequence: p.sequence,
-            kind: p.kind,
-            label: p.label,
-            issued: p.issued,
-            waited_for: None,
-        }
-    }
-}
-
-impl Task for StreamShared {
-    fn carry_out(self: Arc<Self>) {
-        self.drain();
-    }
-}
-
 impl StreamShared {
     pub(crate) fn new(system: Arc<Shared>, id: StreamId, label: &str) -> Self {
         StreamShared {
-            index: system.clock.stream(id.device.0),
+            index: system.clock.stream(id),
             system,
             id,
             label: label.into(),
@@ -478,245 +416,6 @@ impl StreamShared {
         Ok(admitted.push(Work::Wait { target, value }))
     }
 
-    /// Asks a worker to drain the stream.
-    pub(super) fn schedule(self: &Arc<Self>) {
-        self.system.pool.run(self.clone());
-    }
-
-    /// Wakes a held stream, if `sequence` is what holds it.
-    fn wake(self: &Arc<Self>, sequence: u64) {
-        let mut queue = self.queue.lock();
-        if matches!(&queue.activity, Activity::Held(brief) if brief.sequence == sequence) {
-            queue.activity = Activity::Scheduled;
-            drop(queue);
-            self.schedule();
-        }
-    }
-
-    /// Runs commands until there are none or one is held. Runs on one worker at a time.
-    fn drain(self: &Arc<Self>) {
-        loop {
-            let pending = match self.next() {
-                Next::Run(pending) => pending,
-                Next::Done => return,
-            };
-            let delay = match &pending.fault {
-                FaultAction::Pass => 0,
-                FaultAction::Delay(by) => (by.as_nanos() * 1000).min(u128::from(u64::MAX)) as u64,
-                FaultAction::Fail(text) => {
-                    return self.fail_command(&pending, Cause::Injected(text.clone()));
-                }
-                FaultAction::Lose => return self.die().lose("a fault rule took it away".into()),
-                _ => {
-                    let mut queue = self.queue.lock();
-                    queue.activity = Activity::Hung(Brief::of(&pending, None));
-                    return;
-                }
-            };
-            match self.execute(pending, delay) {
-                Flow::Continue => {}
-                Flow::Stop => return,
-            }
-        }
-    }
-
-    fn next(&self) -> Next {
-        let mut queue = self.queue.lock();
-        match queue.pending.pop_front() {
-            Some(next) if queue.failure.is_none() => Next::Run(match next {
-                Queued::One(pending) => pending,
-                Queued::List(mut rest) => {
-                    let pending = rest.next();
-                    if !rest.is_empty() {
-                        queue.pending.push_front(Queued::List(rest));
-                    }
-                    pending
-                }
-            }),
-            _ => {
-                queue.activity = Activity::Idle;
-                Next::Done
-            }
-        }
-    }
-
-    fn execute(self: &Arc<Self>, mut pending: Pending, delay: u64) -> Flow {
-        match std::mem::replace(&mut pending.work, Work::Nothing) {
-            Work::Wait { target, value } => self.execute_wait(pending, target, value, delay),
-            Work::Collective(collective) => {
-                let held = self.hold(&pending, delay, collective.waits_for());
-                collective.arrive(held);
-                Flow::Stop
-            }
-            work => match work.run(&self.system) {
-                Outcome::Done(cost) => {
-                    self.finish(&pending.into(), Step::Run(cost), cost, delay);
-                    Flow::Continue
-                }
-                Outcome::Busy => {
-                    // Another command holds the memory (disjoint parts of one buffer): later.
-                    pending.work = work;
-                    self.queue.lock().pending.push_front(Queued::One(pending));
-                    self.schedule();
-                    Flow::Stop
-                }
-                Outcome::Failed(cause) => {
-                    self.fail_command(&pending, cause);
-                    Flow::Stop
-                }
-            },
-        }
-    }
-
-    fn execute_wait(
-        self: &Arc<Self>,
-        mut pending: Pending,
-        target: Arc<StreamShared>,
-        value: u64,
-        delay: u64,
-    ) -> Flow {
-        let answer = target.queue.lock().passed(value);
-        match answer {
-            Some(Ok(())) => {
-                let waited_for = Some(WaitedFor::Command { stream: target.id, sequence: value });
-                let done = Finished { waited_for, ..pending.into() };
-                let step = Step::Wait { stream: target.index, value };
-                self.finish(&done, step, Cost::NOTHING, delay);
-                return Flow::Continue;
-            }
-            Some(Err(error)) => {
-                self.fail(error);
-                return Flow::Stop;
-            }
-            None => {}
-        }
-        // Back into the queue, to be asked again when the target wakes this stream. Never two
-        // queues locked at once: two streams may wait for each other's past.
-        let sequence = pending.sequence;
-        let who = WaitedFor::Command { stream: target.id, sequence: value };
-        let words = format!("command {value} of {}", target.describe());
-        let waits_for = Some(Blocker { who, words });
-        let brief = Brief::of(&pending, waits_for);
-        pending.work = Work::Wait { target: target.clone(), value };
-        {
-            let mut queue = self.queue.lock();
-            queue.pending.push_front(Queued::One(pending));
-            queue.activity = Activity::Held(brief);
-        }
-        let mut queue = target.queue.lock();
-        if queue.passed(value).is_none() {
-            queue.waiters.push(Waiter { value, stream: self.clone(), sequence });
-        } else {
-            drop(queue);
-            self.wake(sequence);
-        }
-        Flow::Stop
-    }
-
-    /// Hands the head of the stream to a collective.
-    fn hold(self: &Arc<Self>, pending: &Pending, delay: u64, who: WaitedFor) -> Held {
-        let mut queue = self.queue.lock();
-        let waits_for = Some(Blocker { who, words: "the other ranks".to_string() });
-        queue.activity = Activity::Held(Brief::of(pending, waits_for));
-        Held {
-            stream: self.clone(),
-            sequence: pending.sequence,
-            label: pending.label.clone(),
-            kind: pending.kind,
-            issued: pending.issued,
-            delay,
-            waited_for: None,
-        }
-    }
-
-    /// A command has been carried out: what it costs, and whoever waits for it.
-    fn finish(&self, done: &Finished, step: Step, cost: Cost, delay: u64) {
-        let mut queue = self.queue.lock();
-        if queue.failure.is_some() {
-            return;
-        }
-        if self.timed() {
-            let span = self.die().is_traced().then(|| Span {
-                stream: self.id,
-                sequence: done.sequence,
-                kind: done.kind,
-                label: done.label.clone(),
-                clock: Clock::Simulated,
-                ready: 0,
-                start: 0,
-                end: 0,
-                operations: cost.operations,
-                bytes: cost.bytes,
-                bound: cost.bound,
-                waited_for: done.waited_for,
-            });
-            queue.carried.push(Carried { issued: done.issued, delay, step, span });
-        }
-        queue.completed = done.sequence;
-        self.reached.store(done.sequence, Ordering::Release);
-        let woken: Vec<Waiter> = if queue.waiters.is_empty() {
-            Vec::new()
-        } else {
-            queue.waiters.extract_if(.., |w| w.value <= done.sequence).collect()
-        };
-        // Waking the host for every command would cost more than the commands.
-        let wake_host = queue.host_waits_for.is_some_and(|value| value <= done.sequence);
-        if wake_host {
-            queue.host_waits_for = None;
-        }
-        drop(queue);
-        if wake_host {
-            self.changed.notify_all();
-        }
-        for waiter in woken {
-            waiter.stream.wake(waiter.sequence);
-        }
-    }
-
-    fn fail_command(self: &Arc<Self>, pending: &Pending, cause: Cause) {
-        self.fail(self.failure_of(pending.sequence, pending.kind, &pending.label, cause));
-    }
-
-    fn failure_of(&self, sequence: u64, kind: CommandKind, label: &Label, cause: Cause) -> Error {
-        Error::Failed(Arc::new(Failure {
-            stream: self.id,
-            stream_label: self.label.clone(),
-            sequence,
-            op: kind.name(),
-            label: label.clone(),
-            cause,
-        }))
-    }
-
-    /// Poisons the stream: nothing more runs on it, and whoever waits for it fails alike. The
-    /// first failure stays.
-    pub(crate) fn fail(&self, error: Error) {
-        let (dropped, waiters, groups) = {
-            let mut queue = self.queue.lock();
-            if queue.failure.is_some() {
-                return;
-            }
-            queue.failure = Some(error.clone());
-            if matches!(queue.activity, Activity::Held(_) | Activity::Hung(_)) {
-                queue.activity = Activity::Idle;
-            }
-            (
-                std::mem::take(&mut queue.pending),
-                std::mem::take(&mut queue.waiters),
-                std::mem::take(&mut queue.groups),
-            )
-        };
-        self.changed.notify_all();
-        drop(dropped);
-        for waiter in waiters {
-            waiter.stream.wake(waiter.sequence);
-        }
-        // A rank that will never arrive fails the collectives of all others.
-        for group in groups {
-            group.fail(error.clone());
-        }
-    }
-
     /// The stream has work in a communicator: if the stream fails, the communicator does.
     pub(crate) fn takes_part_in(&self, group: &Arc<Group>) {
         self.queue.lock().takes_part_in(group);
@@ -724,39 +423,20 @@ impl StreamShared {
 
     /// Hands what has been carried out to the clock.
     pub(crate) fn take_in(&self) {
-        let carried = std::mem::take(&mut self.queue.lock().carried);
-        if !carried.is_empty() {
-            self.system.clock.take_in(self.index, carried.into_iter());
+        let mut carried = std::mem::take(&mut self.queue.lock().carried);
+        if carried.is_empty() {
+            return;
+        }
+        self.system.clock.take_in(self.index, carried.drain(..));
+        let mut queue = self.queue.lock();
+        if queue.carried.is_empty() {
+            // The next ones need as much room.
+            queue.carried = carried;
         }
     }
 
     pub(crate) fn describe(&self) -> String {
         format!("stream {:?} on {}", self.label, self.id.device)
-    }
-}
-
-impl Held {
-    /// Completes the command.
-    pub(crate) fn complete(self, step: Step, cost: Cost) {
-        let done = Finished {
-            sequence: self.sequence,
-            kind: self.kind,
-            label: self.label.clone(),
-            issued: self.issued,
-            waited_for: self.waited_for,
-        };
-        self.stream.finish(&done, step, cost, self.delay);
-        self.stream.wake(self.sequence);
-    }
-
-    /// Fails the command: with `error` itself if it came from elsewhere, or as its own failure.
-    pub(crate) fn fail(self, error: Error) {
-        self.stream.fail(error);
-    }
-
-    /// The failure of this command for this reason.
-    pub(crate) fn failure(&self, cause: Cause) -> Error {
-        self.stream.failure_of(self.sequence, self.kind, &self.label, cause)
     }
 }
 
