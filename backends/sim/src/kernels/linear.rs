@@ -259,6 +259,33 @@ kernel! {
 }
 
 kernel! {
+    /// As [`scaled_rows`], for rows that are no longer than a vector. Nearly all work is in adding
+    /// lanes up, which is done for a vector of rows at once; returns how many rows are done.
+    fn short_rows<L, W: Element>(
+        w: &[W],
+        w_scale: f32,
+        x: &[f32],
+        x_scale: f32,
+        out: &mut [f32],
+    ) -> usize {
+        let columns = x.len();
+        let (xs, scale) = (L::load_some(x), L::splat(w_scale * x_scale * FP8_FACTOR));
+        let mut n = 0;
+        while n + LANES <= out.len() {
+            let mut totals = [L::splat(0.0); LANES];
+            for r in 0..LANES {
+                let row = &w[(n + r) * columns..(n + r + 1) * columns];
+                let products = L::splat(0.0).fma(W::load_some(row), xs);
+                totals[r] = totals[r].fma(products, scale);
+            }
+            out[n..n + LANES].copy_from_slice(&L::sums(totals));
+            n += LANES;
+        }
+        n
+    }
+}
+
+kernel! {
     /// The products of one token and all rows that share their scales: what tiles would give, for
     /// rows so short that calling one for every few of them would take longer than its sums.
     fn scaled_rows<L, W: Element>(
@@ -445,6 +472,12 @@ impl Product for u8 {
             let run = run.min(out.len());
             let (these, rest) = out.split_at_mut(run);
             let rows = &w.values[n * x.columns..(n + run) * x.columns];
+            let short = x.columns <= LANES && x.groups == 1;
+            let done = match short {
+                true => short_rows(ctx.isa, rows, scales[0], values, x_scales[0], these),
+                false => 0,
+            };
+            let (rows, these) = (&rows[done * x.columns..], &mut these[done..]);
             scaled_rows(ctx.isa, rows, scales, values, x_scales, w.grid, these);
             n += run;
             out = rest;

@@ -68,7 +68,7 @@ pub(crate) trait Lanes: Copy {
     /// The factor comes from reading the byte as the upper bits of an IEEE half, whose exponent
     /// bias is 8 larger.
     fn load_fp8(values: &[u8; LANES]) -> Self;
-    /// Fewer than 16 values, filled up with zeros.
+    /// Up to 16 values, filled up with zeros.
     #[inline(always)]
     fn load_some(values: &[f32]) -> Self {
         Self::load(&filled_up(values))
@@ -89,6 +89,15 @@ pub(crate) trait Lanes: Copy {
     /// The lanes added up: halves, quarters, eighths, pairs. `(b₀ + b₂) + (b₁ + b₃)` for the four
     /// sums `b` of every fourth lane.
     fn sum(self) -> f32;
+    /// [`Lanes::sum`] of each of 16.
+    #[inline(always)]
+    fn sums(all: [Self; LANES]) -> [f32; LANES] {
+        let mut out = [0.0; LANES];
+        for (sum, one) in out.iter_mut().zip(all) {
+            *sum = one.sum();
+        }
+        out
+    }
     /// Asks for the cache line of a value that will be wanted soon.
     #[inline(always)]
     fn prefetch<T>(_value: &T) {}
@@ -152,8 +161,8 @@ mod x86 {
     /// A bit for each of so many first lanes.
     #[inline(always)]
     fn first(count: usize) -> __mmask16 {
-        debug_assert!(count < LANES);
-        (1 << (count % LANES)) - 1
+        debug_assert!(count <= LANES);
+        ((1u32 << count.min(LANES)) - 1) as __mmask16
     }
 
     /// 16 FP8 values times 2⁻⁸.
@@ -182,6 +191,35 @@ mod x86 {
         unsafe {
             let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(words));
             Avx512(_mm512_castsi512_ps(wide))
+        }
+    }
+
+    /// The halves of two vectors, each added up: first those of `a`.
+    ///
+    /// # Safety
+    ///
+    /// AVX-512 exists.
+    #[inline(always)]
+    unsafe fn halves(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe {
+            let lower = _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b);
+            _mm512_add_ps(lower, _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
+        }
+    }
+
+    /// Every fourth lane of each of four vectors added up, a vector after the other.
+    ///
+    /// # Safety
+    ///
+    /// AVX-512 exists.
+    #[inline(always)]
+    unsafe fn quarters([a, b, c, d]: [Avx512; 4]) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe {
+            let (a, c) = (halves(a.0, b.0), halves(c.0, d.0));
+            let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, c);
+            _mm512_add_ps(even, _mm512_shuffle_f32x4::<0b11_01_11_01>(a, c))
         }
     }
 
@@ -265,6 +303,26 @@ mod x86 {
                 let upper = _mm512_castsi512_pd(_mm512_castps_si512(self.0));
                 let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(upper));
                 sum_eight(_mm256_add_ps(_mm512_castps512_ps256(self.0), upper))
+            }
+        }
+
+        /// The additions of [`Lanes::sum`], for several vectors at once.
+        #[inline(always)]
+        fn sums(v: [Self; LANES]) -> [f32; LANES] {
+            // SAFETY: see above.
+            unsafe {
+                let a = quarters([v[0], v[4], v[8], v[12]]);
+                let b = quarters([v[1], v[5], v[9], v[13]]);
+                let c = quarters([v[2], v[6], v[10], v[14]]);
+                let d = quarters([v[3], v[7], v[11], v[15]]);
+                let pairs = |a, b| {
+                    let (a, b) = (_mm512_castps_pd(a), _mm512_castps_pd(b));
+                    let (lower, upper) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+                    _mm512_add_ps(_mm512_castpd_ps(lower), _mm512_castpd_ps(upper))
+                };
+                let (a, c) = (pairs(a, b), pairs(c, d));
+                let even = _mm512_shuffle_ps::<0b10_00_10_00>(a, c);
+                Avx512(_mm512_add_ps(even, _mm512_shuffle_ps::<0b11_01_11_01>(a, c))).array()
             }
         }
     }
@@ -387,7 +445,7 @@ pub(crate) fn sum(v: [f32; LANES]) -> f32 {
 /// An element type that vectors are loaded from.
 pub(crate) trait Element: Copy + Send + Sync + bytemuck::Pod {
     fn load<L: Lanes>(values: &[Self; LANES]) -> L;
-    /// Fewer than 16, filled up with zeros.
+    /// Up to 16, filled up with zeros.
     fn load_some<L: Lanes>(values: &[Self]) -> L;
     fn widen(self) -> f32;
 }
@@ -469,7 +527,7 @@ pub(crate) fn vector<T>(slice: &[T], at: usize) -> &[T; LANES] {
     slice[at..at + LANES].as_array().unwrap_or_else(|| unreachable!("16 elements were sliced"))
 }
 
-/// Fewer than 16 elements, filled up with zeros.
+/// Up to 16 elements, filled up with zeros.
 #[inline(always)]
 fn filled_up<T: bytemuck::Zeroable + Copy>(values: &[T]) -> [T; LANES] {
     let mut out = [T::zeroed(); LANES];
