@@ -24,25 +24,51 @@ const CACHE_LINE: usize = 64;
 /// Vectors of the output that are summed together.
 const VECTORS: usize = 4;
 
+/// Equally long rows at equal distances.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a, T> {
+    /// From the first row on.
+    data: &'a [T],
+    stride: usize,
+    width: usize,
+}
+
+impl<'a, T> Rows<'a, T> {
+    #[inline(always)]
+    fn row(&self, j: usize) -> &'a [T] {
+        &self.data[j * self.stride..][..self.width]
+    }
+}
+
+/// Keys that follow each other in memory: all of a prompt, or those in one page of the cache.
+#[derive(Clone, Copy)]
+struct Run<'a, T> {
+    count: usize,
+    /// Both parts of the keys, as those of queries.
+    keys: [Rows<'a, T>; 2],
+    values: Rows<'a, T>,
+}
+
 kernel! {
-    /// `(q · k) · scale` for each key; both in two parts, whose sums share their lanes.
-    fn scores<L, T: Element>(q: [&[f32]; 2], keys: &[[&[T]; 2]], scale: f32, out: &mut [f32]) {
+    /// `(q · k) · scale` for each key, as many as `out` holds; both in two parts, whose sums share
+    /// their lanes.
+    fn scores<L, T: Element>(q: [&[f32]; 2], keys: [Rows<'_, T>; 2], scale: f32, out: &mut [f32]) {
         let mut j = 0;
-        while j < keys.len() {
+        while j < out.len() {
             // The last keys are done one by one, in the same order of operations.
-            let count = if j + KEYS <= keys.len() { KEYS } else { 1 };
+            let count = if j + KEYS <= out.len() { KEYS } else { 1 };
             let mut acc = [L::splat(0.0); KEYS];
-            for n in j + AHEAD..(j + AHEAD + count).min(keys.len()) {
-                let mut i = 0;
-                while i < keys[n][0].len() {
-                    L::prefetch(&keys[n][0][i]);
+            for n in j + AHEAD..(j + AHEAD + count).min(out.len()) {
+                let (row, mut i) = (keys[0].row(n), 0);
+                while i < row.len() {
+                    L::prefetch(&row[i]);
                     i += CACHE_LINE / size_of::<T>();
                 }
             }
             for part in 0..2 {
-                let q = q[part];
+                let (q, keys) = (q[part], keys[part]);
                 if count == KEYS {
-                    let k = [keys[j][part], keys[j + 1][part], keys[j + 2][part], keys[j + 3][part]];
+                    let k = [keys.row(j), keys.row(j + 1), keys.row(j + 2), keys.row(j + 3)];
                     for_vectors!(|i| in q.len(), {
                         let qv = L::load(vector(q, i));
                         for n in 0..KEYS {
@@ -55,7 +81,7 @@ kernel! {
                         }
                     });
                 } else {
-                    let k = keys[j][part];
+                    let k = keys.row(j);
                     for_vectors!(|i| in q.len(), {
                         acc[0] = acc[0].fma(L::load(vector(q, i)), T::load(vector(k, i)));
                     }, |_rest| {
@@ -93,16 +119,19 @@ kernel! {
 }
 
 kernel! {
-    /// `out = (Σ_j weights[j] · values[j]) / total`, in ascending order of j.
-    fn weighted_sum<L, T: Element>(weights: &[f32], values: &[&[T]], total: f32, out: &mut [f32]) {
+    /// `out += Σ_j weights[j] · values[j]`, in ascending order of j.
+    fn weighted_sum<L, T: Element>(weights: &[f32], values: Rows<'_, T>, out: &mut [f32]) {
         let width = out.len();
         let mut c = 0;
         while c < width {
             let wide = c + VECTORS * LANES <= width;
             if wide {
                 let mut acc = [L::splat(0.0); VECTORS];
-                for (j, row) in values.iter().enumerate() {
-                    let weight = L::splat(weights[j]);
+                for v in 0..VECTORS {
+                    acc[v] = L::load(vector(out, c + v * LANES));
+                }
+                for j in 0..weights.len() {
+                    let (weight, row) = (L::splat(weights[j]), values.row(j));
                     for v in 0..VECTORS {
                         acc[v] = acc[v].fma(weight, T::load(vector(row, c + v * LANES)));
                     }
@@ -111,41 +140,44 @@ kernel! {
                     out[c + v * LANES..c + (v + 1) * LANES].copy_from_slice(&acc[v].array());
                 }
                 c += VECTORS * LANES;
-            } else if c + LANES <= width {
-                let mut acc = L::splat(0.0);
-                for (j, row) in values.iter().enumerate() {
-                    acc = acc.fma(L::splat(weights[j]), T::load(vector(row, c)));
-                }
-                out[c..c + LANES].copy_from_slice(&acc.array());
-                c += LANES;
             } else {
-                let mut acc = L::splat(0.0);
-                for (j, row) in values.iter().enumerate() {
-                    acc = acc.fma(L::splat(weights[j]), T::load_some(&row[c..width]));
+                let end = width.min(c + LANES);
+                let mut acc = L::load_some(&out[c..end]);
+                for j in 0..weights.len() {
+                    acc = acc.fma(L::splat(weights[j]), T::load_some(&values.row(j)[c..end]));
                 }
-                out[c..].copy_from_slice(&acc.array()[..width - c]);
-                c = width;
+                out[c..end].copy_from_slice(&acc.array()[..end - c]);
+                c = end;
             }
-        }
-        for v in out.iter_mut() {
-            *v /= total;
         }
     }
 }
 
-/// Attention of one query and head.
-fn attend<T: Element>(
+/// Attention of one query and head to so many keys.
+fn attend<'a, T: Element>(
     ctx: &Context,
     q: [&[f32]; 2],
-    keys: &[[&[T]; 2]],
-    values: &[&[T]],
+    runs: impl Iterator<Item = Run<'a, T>> + Clone,
+    keys: usize,
     scale: f32,
     out: &mut [f32],
 ) {
-    let mut weights = vec![0.0; keys.len()];
-    scores(ctx.isa, q, keys, scale, &mut weights);
+    let mut weights = vec![0.0; keys];
+    let mut rest = &mut weights[..];
+    for run in runs.clone() {
+        let (these, later) = rest.split_at_mut(run.count);
+        scores(ctx.isa, q, run.keys, scale, these);
+        rest = later;
+    }
     let total = softmax(ctx.isa, &mut weights);
-    weighted_sum(ctx.isa, &weights, values, total, out);
+    out.fill(0.0);
+    let mut rest = &weights[..];
+    for run in runs {
+        let (these, later) = rest.split_at(run.count);
+        weighted_sum(ctx.isa, these, run.values, out);
+        rest = later;
+    }
+    out.iter_mut().for_each(|v| *v /= total);
 }
 
 /// Which sequence each query token belongs to, and how many keys it sees.
@@ -205,7 +237,8 @@ fn prefill_as<T: Float>(
     check_starts("kv_starts", kv_starts, op.kv.desc.dim(0))?;
     let queries = queries(q_starts, |b| (kv_starts[b + 1] - kv_starts[b]) as usize)?;
     let (heads, v) = (op.q.desc.dim(1), op.out.desc.dim(2));
-    let nope = op.q.desc.dim(2) - op.k_rope.desc.dim(1);
+    let rope = op.k_rope.desc.dim(1);
+    let nope = op.q.desc.dim(2) - rope;
     let mut results = vec![0.0; op.out.desc.elements()];
     let pairs: usize = queries.iter().map(|(_, keys)| keys).sum();
     let cost = average(pairs as u64, queries.len(), op.q.desc.dim(2) + v);
@@ -215,10 +248,18 @@ fn prefill_as<T: Float>(
         let first = kv_starts[b] as usize;
         let query = widen(q.row2(t, h));
         let (q_nope, q_rope) = query.split_at(nope);
-        let all = first..first + keys;
-        let values: Vec<&[T]> = all.clone().map(|j| &kv.row2(j, h)[nope..]).collect();
-        let keys: Vec<[&[T]; 2]> = all.map(|j| [&kv.row2(j, h)[..nope], k_rope.row(j)]).collect();
-        attend(ctx, [q_nope, q_rope], &keys, &values, op.scale, out);
+        let rows = |data, stride, width| Rows { data, stride, width };
+        let at = first * kv.desc.stride(0) + h * kv.desc.stride(1);
+        let stride = kv.desc.stride(0);
+        let run = Run {
+            count: keys,
+            keys: [
+                rows(&kv.data[at..], stride, nope),
+                rows(&k_rope.data[first * k_rope.desc.stride(0)..], k_rope.desc.stride(0), rope),
+            ],
+            values: rows(&kv.data[at + nope..], stride, v),
+        };
+        attend(ctx, [q_nope, q_rope], std::iter::once(run), keys, op.scale, out);
     });
     store::<T>(&results, &op.out, args);
     Ok(())
@@ -257,21 +298,22 @@ fn decode_as<T: Float>(
     let mut results = vec![0.0; op.out.desc.elements()];
     let pairs: usize = queries.iter().map(|(_, keys)| keys).sum();
     let cost = average(pairs as u64, queries.len(), width + rank);
-    // Every head and query of a sequence reads the same rows.
-    let rows: Vec<Vec<[&[T]; 2]>> = (0..kv_lens.len())
-        .map(|b| {
-            let pages = table.row(b).iter().map(|&page| page as usize * page_size * width);
-            let slots = pages.flat_map(|at| cache[at..at + page_size * width].chunks_exact(width));
-            slots.take(kv_lens[b] as usize).map(|row| row.split_at(rank).into()).collect()
+    // The first keys of a sequence, page by page.
+    let runs = |b: usize, keys: usize| {
+        let pages = table.row(b).iter().take(keys.div_ceil(page_size));
+        pages.enumerate().map(move |(number, &page)| {
+            let data = &cache[page as usize * page_size * width..][..page_size * width];
+            let latent = Rows { data, stride: width, width: rank };
+            let rope = Rows { data: &data[rank..], stride: width, width: width - rank };
+            let count = page_size.min(keys - number * page_size);
+            Run { count, keys: [latent, rope], values: latent }
         })
-        .collect();
-    let latents: Vec<Vec<&[T]>> =
-        rows.iter().map(|rows| rows.iter().map(|row| row[0]).collect()).collect();
+    };
     super::for_each_chunk(ctx, &mut results, rank, cost, |index, out| {
         let (t, h) = (index / heads, index % heads);
         let Some(&(b, keys)) = queries.get(t) else { return };
         let (latent, rope) = (widen(q_latent.row2(t, h)), widen(q_rope.row2(t, h)));
-        attend(ctx, [&latent, &rope], &rows[b][..keys], &latents[b][..keys], op.scale, out);
+        attend(ctx, [&latent, &rope], runs(b, keys), keys, op.scale, out);
     });
     store::<T>(&results, &op.out, args);
     Ok(())
