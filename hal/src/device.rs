@@ -174,6 +174,9 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// Installs a receiver for every command that completes from now on; `None` removes it.
     ///
+    /// A device may tell of a command later than it completes. Of all that completed until then it
+    /// has told when the receiver has been removed or replaced, by the same one too.
+    ///
     /// # Errors
     ///
     /// [`crate::Error::Unsupported`] where the device keeps no timestamps: asking for a trace and

@@ -176,11 +176,16 @@ impl SimClock {
                 && !state.timeline.play_until(stream.index, value)
             {}
         }
-        state.tell(&stream.system);
         known(&state).flatten()
     }
 
-    /// Works out everything that has been carried out, for those who trace.
+    /// Tells those who trace what has ended by former looks: while workers are at what comes next,
+    /// rather than before the host can give them that.
+    pub(crate) fn tell(&self, system: &crate::system::Shared) {
+        self.state.lock().tell(system);
+    }
+
+    /// Works out everything that has been carried out, and tells those who trace.
     pub(crate) fn play(&self, system: &crate::system::Shared) {
         system.settle();
         let mut state = self.state.lock();

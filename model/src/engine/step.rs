@@ -341,6 +341,7 @@ impl Engine {
         running: &mut [Running],
         hidden: Option<&Hidden>,
     ) -> Result<(), EngineError> {
+        // All programs before any rank begins: one that cannot be made leaves nobody waiting.
         for run in running.iter_mut() {
             let (_, parts) = &batches[run.batches];
             let rank = &mut self.ranks[run.rank];
@@ -348,21 +349,20 @@ impl Engine {
             let hidden = hidden
                 .and_then(|h| h.on.get(&run.rank))
                 .map(|h| h.narrowed(0, 0, tokens.min(h.desc().dim(0))));
-            let mut program =
-                rank.program(&self.config, &self.options, &run.key, hidden.as_ref())?;
+            let program = rank.program(&self.config, &self.options, &run.key, hidden.as_ref())?;
+            run.program = Some(program);
+        }
+        for run in running.iter_mut() {
+            let (_, parts) = &batches[run.batches];
+            let rank = &self.ranks[run.rank];
+            let Some(program) = &mut run.program else { continue };
             program.send(&**rank.lane(COMPUTE), |part, input| parts[part].inputs(input))?;
             let work: Vec<_> = parts.iter().map(Batch::work).collect();
             program.begin(&work);
-            run.program = Some(program);
-        }
-        if !self.options.enforce_eager {
-            for run in running.iter() {
-                let rank = &self.ranks[run.rank];
-                if let Some(program) = &run.program {
-                    program.execute(&*rank.device, &rank.lanes)?;
-                }
+            if !self.options.enforce_eager {
+                program.execute(&*rank.device, &rank.lanes)?;
+                run.at = None;
             }
-            return Ok(());
         }
         while running.iter().any(|run| run.at.is_some()) {
             for run in running.iter_mut() {

@@ -65,7 +65,10 @@ impl StreamShared {
     /// Blocks the host until `value` is reached, and moves the host's clock to then.
     pub(crate) fn synchronize_value(&self, value: u64, timeout: Duration) -> Result<()> {
         let began = Instant::now();
-        while self.reached.load(Ordering::Acquire) < value && began.elapsed() < SPIN {
+        if self.timed() && !self.has_reached(value) {
+            self.system.clock.tell(&self.system);
+        }
+        while !self.has_reached(value) && began.elapsed() < SPIN {
             std::hint::spin_loop();
         }
         let mut queue = self.queue.lock();

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::ffi::{c_char, c_void};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use vacc::sys::*;
 use vacc::wire;
@@ -216,6 +216,7 @@ const MOST_RECORDS: usize = 1 << 20;
 /// What was recorded and not read yet.
 #[derive(Debug, Default)]
 struct Profile {
+    enabled: AtomicBool,
     kept: Mutex<(VecDeque<Span>, u64)>,
 }
 
@@ -242,6 +243,7 @@ pub(crate) extern "C" fn vacc_profile_enable(device: vacc_device, enable: u32) -
             other => return Err(Refused::invalid(format!("enable is {other}, not 0 or 1"))),
         };
         die.device.set_trace(sink).map_err(|e| die.refused(e))?;
+        die.profile.enabled.store(enable == 1, Ordering::Relaxed);
         if enable == 1 {
             *die.profile.kept.lock() = (VecDeque::new(), 0);
         }
@@ -266,6 +268,11 @@ pub(crate) extern "C" fn vacc_profile_read(
         }
         // SAFETY: the header obliges callers to pass records, of which the first says its size.
         let step = unsafe { claimed_size(records.cast_const(), size_of::<vacc_profile_record>()) }?;
+        if die.profile.enabled.load(Ordering::Relaxed) {
+            // So that everything that has completed is there.
+            let sink: Arc<dyn TraceSink> = die.profile.clone();
+            die.device.set_trace(Some(sink)).map_err(|e| die.refused(e))?;
+        }
         let mut kept = die.profile.kept.lock();
         let n = kept.0.len().min(capacity as usize);
         for (i, span) in kept.0.drain(..n).enumerate() {
