@@ -11,9 +11,9 @@
 //! its die; times of dies with one stream each do not depend on that.
 
 use crate::cost::Cost;
-use crate::stream::{Launched, StreamShared};
+use crate::stream::{Recipe, Script, StreamShared};
 use crate::timeline::{Done, Step, StreamIndex, Timeline};
-use hal::trace::Span;
+use hal::trace::{CommandKind, Span};
 use hal::{Clock, StreamId};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -30,8 +30,8 @@ const REMEMBERED: u64 = 1 << 16;
 /// from a worker to the clock.
 #[derive(Debug)]
 pub(crate) enum Carried {
-    /// A list begins on this of its streams; those of its ops that follow are told by their place.
-    Launch(Arc<Launched>, u32),
+    /// A list begins, issued then; those of its ops that follow are told by their place.
+    Launch(Box<(Arc<Script>, u64)>),
     /// An op of a list, at its usual cost.
     Listed(u32),
     /// An op of a list, at a cost of its own.
@@ -63,6 +63,8 @@ struct State {
     timeline: Timeline,
     /// Of each stream, what has been carried out and has no times yet.
     open: Vec<Open>,
+    /// Empty; its room is used again and again.
+    taken: Vec<Carried>,
 }
 
 /// What a stream has carried out and has no times yet.
@@ -71,22 +73,21 @@ struct Open {
     id: StreamId,
     carried: VecDeque<Carried>,
     /// The list that the first of them belong to, and the one that the last belong to.
-    first: Option<(Arc<Launched>, usize)>,
-    last: Option<(Arc<Launched>, usize)>,
+    first: Arc<Script>,
+    last: (Arc<Script>, u64),
 }
 
 impl Open {
     /// The span of the first command, without times, if it has one.
     fn next(&mut self, sequence: u64, traced: bool) -> Option<Span> {
-        let listed = |list: &Option<(Arc<Launched>, usize)>, at: u32, cost: Option<Cost>| {
-            let (launched, stream) = list.as_ref().filter(|_| traced)?;
-            let command = launched.command(*stream, at as usize);
-            let Cost { operations, bytes, bound, .. } = cost.unwrap_or(command.usual_cost());
+        let listed = |script: &Script, at: u32, cost: Option<&Cost>| {
+            let recipe = script.recipe(at).filter(|_| traced)?;
+            let Cost { operations, bytes, bound, .. } = *cost.unwrap_or(recipe.usual_cost());
             Some(Span {
                 stream: self.id,
                 sequence,
-                kind: command.kind(),
-                label: command.label(),
+                kind: CommandKind::Op(recipe.kind()),
+                label: recipe.label.clone(),
                 clock: Clock::Simulated,
                 ready: 0,
                 start: 0,
@@ -99,9 +100,9 @@ impl Open {
         };
         loop {
             match self.carried.pop_front()? {
-                Carried::Launch(launched, stream) => self.first = Some((launched, stream as usize)),
+                Carried::Launch(launch) => self.first = launch.0,
                 Carried::Listed(at) => return listed(&self.first, at, None),
-                Carried::ListedAt(at, cost) => return listed(&self.first, at, Some(*cost)),
+                Carried::ListedAt(at, cost) => return listed(&self.first, at, Some(&cost)),
                 Carried::One(single) => return single.span,
             }
         }
@@ -110,38 +111,43 @@ impl Open {
 
 impl SimClock {
     pub(crate) fn new(dies: usize) -> Self {
-        let state = State { timeline: Timeline::new(dies), open: Vec::new() };
+        let timeline = Timeline::new(dies);
+        let state = State { timeline, open: Vec::new(), taken: Vec::new() };
         SimClock { state: Mutex::new(state) }
     }
 
     /// A new stream.
     pub(crate) fn stream(&self, id: StreamId) -> StreamIndex {
         let mut state = self.state.lock();
-        state.open.push(Open { id, carried: VecDeque::new(), first: None, last: None });
+        state.open.push(Open {
+            id,
+            carried: VecDeque::new(),
+            first: Arc::default(),
+            last: (Arc::default(), 0),
+        });
         state.timeline.stream(id.device.0)
     }
 
     /// Takes in what a stream has carried out.
-    pub(crate) fn take_in(&self, stream: StreamIndex, carried: impl Iterator<Item = Carried>) {
+    pub(crate) fn take_in(&self, stream: &StreamShared) {
         let mut state = self.state.lock();
-        let State { timeline, open } = &mut *state;
-        let Open { carried: kept, last, .. } = &mut open[stream.0 as usize];
-        for mut carried in carried {
-            let issued = last.as_ref().map_or(0, |(launched, _)| launched.issued);
+        let State { timeline, open, taken } = &mut *state;
+        // With the clock locked, so that what is taken first is also pushed first.
+        stream.take_carried(taken);
+        let Open { carried: kept, last, .. } = &mut open[stream.index.0 as usize];
+        for mut carried in taken.drain(..) {
             match &mut carried {
-                Carried::Launch(launched, at) => *last = Some((launched.clone(), *at as usize)),
+                Carried::Launch(launch) => *last = (**launch).clone(),
                 Carried::Listed(at) => {
-                    let cost = last.as_ref().map_or(Cost::NOTHING, |(launched, stream)| {
-                        launched.command(*stream, *at as usize).usual_cost()
-                    });
-                    timeline.push(stream, issued, 0, Step::Run(cost));
+                    let cost = last.0.recipe(*at).map_or(&Cost::NOTHING, Recipe::usual_cost);
+                    timeline.push(stream.index, last.1, 0, Step::Run(*cost));
                 }
                 Carried::ListedAt(_, cost) => {
-                    timeline.push(stream, issued, 0, Step::Run(**cost));
+                    timeline.push(stream.index, last.1, 0, Step::Run(**cost));
                 }
                 Carried::One(single) => {
                     let step = std::mem::replace(&mut single.step, Step::Run(Cost::NOTHING));
-                    timeline.push(stream, single.issued, single.delay, step);
+                    timeline.push(stream.index, single.issued, single.delay, step);
                 }
             }
             kept.push_back(carried);
@@ -204,7 +210,7 @@ impl SimClock {
 impl State {
     /// Tells those who trace what has ended.
     fn tell(&mut self, system: &crate::system::Shared) {
-        let State { timeline, open } = self;
+        let State { timeline, open, .. } = self;
         // Receivers by die, asked for once.
         let sinks: Vec<_> = system.dies.iter().map(|die| die.trace()).collect();
         for Done { stream, value, ready, start, end } in timeline.take_done() {

@@ -67,8 +67,6 @@ pub(crate) struct Shared {
     pub(crate) order: StreamOrder,
     pub(crate) clock: SimClock,
     pub(crate) recipes: Recipes,
-    /// Held while what streams have carried out is taken in, which must be in order.
-    settling: Mutex<()>,
     pub(crate) groups: Mutex<HashMap<CommunicatorId, Arc<Group>>>,
     pub(crate) next_communicator: AtomicU64,
     /// Numbers of sends that have met their receives.
@@ -92,9 +90,9 @@ impl Shared {
             self.pool.wait_until_idle(enough, SETTLE);
         }
         let complete = self.pool.is_idle();
-        let _in_order = self.settling.lock();
+        // What ranks that came last have completed for others.
         for die in &self.dies {
-            die.streams().iter().for_each(|stream| stream.take_in());
+            die.streams().iter().for_each(|stream| self.clock.take_in(stream));
         }
         complete
     }
@@ -129,7 +127,6 @@ impl System {
             order: StreamOrder::default(),
             clock: SimClock::new(machine.dies() as usize),
             recipes: Recipes::default(),
-            settling: Mutex::default(),
             groups: Mutex::default(),
             next_communicator: AtomicU64::new(1),
             next_pair: AtomicU64::new(0),

@@ -75,6 +75,10 @@ impl From<Pending> for Finished {
 impl Task for StreamShared {
     fn carry_out(self: Arc<Self>) {
         self.drain();
+        if self.timed() {
+            // By workers, side by side, rather than by the host, which they wait for.
+            self.system.clock.take_in(&self);
+        }
     }
 }
 
@@ -133,8 +137,8 @@ impl StreamShared {
                 Queued::One(pending) => Next::Run(pending),
                 Queued::List(rest) => {
                     if rest.done == 0 && self.timed() {
-                        let (launched, stream) = (rest.launched.clone(), rest.stream);
-                        queue.carried.push(Carried::Launch(launched, stream as u32));
+                        let (script, issued) = (rest.track().script.clone(), rest.launched.issued);
+                        queue.carried.push(Carried::Launch(Box::new((script, issued))));
                     }
                     Next::List(rest)
                 }
@@ -163,7 +167,7 @@ impl StreamShared {
                         None => Carried::Listed(at),
                         Some(cost) => Carried::ListedAt(at, Box::new(cost)),
                     };
-                    if !self.finish(rest.peek().0, carried) {
+                    if !self.finish(rest.sequence(), carried) {
                         return Flow::Stop;
                     }
                     rest.done += 1;
@@ -174,9 +178,8 @@ impl StreamShared {
                     return Flow::Stop;
                 }
                 Err(Halt::Failed(cause)) => {
-                    let (sequence, command) = rest.peek();
-                    let (kind, label) = (command.kind(), command.label());
-                    self.fail(self.failure_of(sequence, kind, &label, cause));
+                    let (kind, label) = (rest.command().kind(), rest.command().label());
+                    self.fail(self.failure_of(rest.sequence(), kind, &label, cause));
                     return Flow::Stop;
                 }
             }

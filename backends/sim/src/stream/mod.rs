@@ -14,9 +14,9 @@ mod work;
 
 pub(crate) use list::execute;
 pub(crate) use advance::Held;
-pub(crate) use prepared::Launched;
+pub(crate) use prepared::Script;
 pub(crate) use queue::{Launch, StreamShared, Touch};
-pub(crate) use recipe::Recipes;
+pub(crate) use recipe::{Recipe, Recipes};
 pub(crate) use timeline::SPIN;
 pub(crate) use work::Work;
 

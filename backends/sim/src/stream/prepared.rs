@@ -8,7 +8,7 @@
 use super::SimStream;
 use super::queue::{Pending, StreamShared};
 use super::recipe::Recipe;
-use super::work::{Halt, Work, fill};
+use super::work::{Halt, Work};
 use crate::collective::{Group, Part, SimCommunicator, Submission};
 use crate::cost::Cost;
 use crate::memory::{Extent, Memory, Standing};
@@ -44,11 +44,34 @@ pub(super) struct Prepared {
 pub(super) struct Track {
     pub(super) commands: Vec<Command>,
     operands: Vec<Extent>,
+    pub(super) script: Arc<Script>,
+}
+
+/// The recipes of a track, for those who tell of it later: without its memory, which may be freed by
+/// then, and without its streams.
+#[derive(Debug, Default)]
+pub(crate) struct Script(Vec<Option<Arc<Recipe>>>);
+
+impl Script {
+    /// The recipe of a command, if it is an op.
+    pub(crate) fn recipe(&self, at: u32) -> Option<&Recipe> {
+        self.0.get(at as usize)?.as_deref()
+    }
+}
+
+impl Track {
+    fn finish(&mut self) {
+        let recipe = |command: &Command| match command {
+            Command::Op { recipe, .. } => Some(recipe.clone()),
+            _ => None,
+        };
+        self.script = Arc::new(Script(self.commands.iter().map(recipe).collect()));
+    }
 }
 
 /// A command of a list.
 #[derive(Debug)]
-pub(crate) enum Command {
+pub(super) enum Command {
     Op {
         recipe: Arc<Recipe>,
         /// Its part of the operands.
@@ -74,7 +97,7 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    pub(crate) fn kind(&self) -> CommandKind {
+    pub(super) fn kind(&self) -> CommandKind {
         match self {
             Command::Op { recipe, .. } => CommandKind::Op(recipe.kind()),
             Command::Fill { .. } => CommandKind::Fill,
@@ -83,15 +106,7 @@ impl Command {
         }
     }
 
-    /// What a run costs, unless it said so itself.
-    pub(crate) fn usual_cost(&self) -> Cost {
-        match self {
-            Command::Op { recipe, .. } => recipe.usual_cost(),
-            _ => Cost::NOTHING,
-        }
-    }
-
-    pub(crate) fn label(&self) -> Label {
+    pub(super) fn label(&self) -> Label {
         match self {
             Command::Op { recipe, .. } => recipe.label.clone(),
             Command::Fill { .. } => Label::Static("fill"),
@@ -104,7 +119,7 @@ impl Command {
 /// A command of the list: its stream, and how many the list has there up to it. None stands for
 /// what was there before the list.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Place {
+pub(super) struct Place {
     pub(super) stream: usize,
     pub(super) count: u64,
 }
@@ -165,6 +180,7 @@ impl Prepared {
         let Maker { mut made, footprints, .. } = maker;
         let (footprints, logs) = footprints.into_values().unzip();
         (made.footprints, made.standing) = (footprints, Arc::new(Standing::new(logs)));
+        made.tracks.iter_mut().for_each(Track::finish);
         Some(Arc::new(made))
     }
 
@@ -331,7 +347,7 @@ impl Maker {
 
 /// One launch of a list.
 #[derive(Debug)]
-pub(crate) struct Launched {
+pub(super) struct Launched {
     pub(super) prepared: Arc<Prepared>,
     /// The list's streams, if they wait for each other.
     pub(super) streams: Vec<Arc<StreamShared>>,
@@ -341,40 +357,14 @@ pub(crate) struct Launched {
     pub(super) rounds: Vec<u64>,
     pub(super) attention: Box<[AttentionWork]>,
     /// When the host had issued it.
-    pub(crate) issued: u64,
+    pub(super) issued: u64,
 }
 
 impl Launched {
-    /// The command at a place of a stream.
-    pub(crate) fn command(&self, stream: usize, at: usize) -> &Command {
-        &self.prepared.tracks[stream].commands[at]
-    }
-
-    /// The number that it has there.
-    pub(crate) fn sequence(&self, stream: usize, at: usize) -> u64 {
-        self.before[stream] + at as u64 + 1
-    }
-
-    /// Carries an op or a fill out. Says what it cost if that is not as usual; `None` for other
-    /// commands.
-    fn run(&self, stream: usize, at: usize, system: &Shared) -> Option<Result<Option<Cost>, Halt>> {
-        let Track { commands, operands: all } = &self.prepared.tracks[stream];
-        Some(match &commands[at] {
-            Command::Op { recipe, operands, attention } => {
-                let attention = attention.map(|at| self.attention[at]);
-                recipe.run(&all[operands.clone()], attention, system)
-            }
-            Command::Fill { memory, offset, len, byte } => {
-                fill(memory, *offset, *len, *byte, system).map(Some)
-            }
-            Command::Wait(_) | Command::Collective { .. } => return None,
-        })
-    }
-
     /// Asks for what the commands after this one will look at. With many dies, every command is one
     /// that was last looked at long ago, and without asking it would wait for each of these in turn.
     fn fetch_ahead(&self, stream: usize, at: usize) {
-        let Track { commands, operands: all } = &self.prepared.tracks[stream];
+        let Track { commands, operands: all, .. } = &self.prepared.tracks[stream];
         let operands = |at: usize| match commands.get(at) {
             Some(Command::Op { operands, .. }) => &all[operands.clone()],
             _ => &[],
@@ -400,27 +390,39 @@ impl Rest {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.done == self.launched.prepared.tracks[self.stream].commands.len()
+        self.done == self.track().commands.len()
     }
 
-    /// The next command, and its number.
-    pub(super) fn peek(&self) -> (u64, &Command) {
-        let Rest { launched, stream, done } = self;
-        (launched.sequence(*stream, *done), launched.command(*stream, *done))
+    pub(super) fn track(&self) -> &Track {
+        &self.launched.prepared.tracks[self.stream]
     }
 
-    /// Carries the next command out if it is an op or a fill; see [`Launched::run`].
+    /// The number of the next command.
+    pub(super) fn sequence(&self) -> u64 {
+        self.launched.before[self.stream] + self.done as u64 + 1
+    }
+
+    /// The next command.
+    pub(super) fn command(&self) -> &Command {
+        &self.track().commands[self.done]
+    }
+
+    /// Carries the next command out if it is an op. Says what it cost if that is not as usual.
     pub(super) fn run(&self, system: &Shared) -> Option<Result<Option<Cost>, Halt>> {
+        let Command::Op { recipe, operands, attention } = self.command() else { return None };
         self.launched.fetch_ahead(self.stream, self.done);
-        self.launched.run(self.stream, self.done, system)
+        let attention = attention.map(|at| self.launched.attention[at]);
+        Some(recipe.run(&self.track().operands[operands.clone()], attention, system))
     }
 
-    /// Takes the next command out, which is a wait or a collective, as if it had been queued by
-    /// itself.
+    /// Takes the next command out, which is not an op, as if it had been queued by itself.
     pub(super) fn take(&mut self) -> Pending {
-        let (sequence, command) = self.peek();
-        let launched = &self.launched;
+        let (command, launched) = (self.command(), &self.launched);
         let work = match command {
+            Command::Fill { memory, offset, len, byte } => {
+                let (memory, offset, len, byte) = (memory.clone(), *offset, *len, *byte);
+                Work::Fill { memory, offset, len, byte }
+            }
             Command::Wait(Place { stream, count }) => Work::Wait {
                 target: launched.streams[*stream].clone(),
                 value: launched.before[*stream] + count,
@@ -430,10 +432,9 @@ impl Rest {
                 let round = round.map(|round| launched.rounds[*member] + round);
                 Work::Collective(Submission::new(group.clone(), *rank, round, parts.clone()))
             }
-            Command::Op { .. } | Command::Fill { .. } => {
-                unreachable!("these are run where they are")
-            }
+            Command::Op { .. } => unreachable!("ops are run where they are"),
         };
+        let sequence = self.sequence();
         let pending =
             Pending::new(sequence, command.kind(), command.label(), launched.issued, work);
         self.done += 1;

@@ -120,8 +120,8 @@ impl Queued {
         match self {
             Queued::One(pending) => Brief::of(pending, None),
             Queued::List(rest) => {
-                let (sequence, command) = rest.peek();
-                let (kind, label) = (command.kind(), command.label());
+                let sequence = rest.sequence();
+                let (kind, label) = (rest.command().kind(), rest.command().label());
                 Brief { sequence, kind, label, waits_for: None }
             }
         }
@@ -421,18 +421,9 @@ impl StreamShared {
         self.queue.lock().takes_part_in(group);
     }
 
-    /// Hands what has been carried out to the clock.
-    pub(crate) fn take_in(&self) {
-        let mut carried = std::mem::take(&mut self.queue.lock().carried);
-        if carried.is_empty() {
-            return;
-        }
-        self.system.clock.take_in(self.index, carried.drain(..));
-        let mut queue = self.queue.lock();
-        if queue.carried.is_empty() {
-            // The next ones need as much room.
-            queue.carried = carried;
-        }
+    /// Hands over what has been carried out, for an empty list.
+    pub(crate) fn take_carried(&self, empty: &mut Vec<Carried>) {
+        std::mem::swap(&mut self.queue.lock().carried, empty);
     }
 
     pub(crate) fn describe(&self) -> String {
@@ -443,6 +434,6 @@ impl StreamShared {
 impl Drop for StreamShared {
     fn drop(&mut self) {
         // Other streams may have met this one's collectives.
-        self.take_in();
+        self.system.clock.take_in(self);
     }
 }

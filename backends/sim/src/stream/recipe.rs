@@ -31,8 +31,8 @@ impl Recipe {
     }
 
     /// What a run costs, unless it said so itself.
-    pub(crate) fn usual_cost(&self) -> Cost {
-        self.cost.get().copied().unwrap_or(Cost::NOTHING)
+    pub(crate) fn usual_cost(&self) -> &Cost {
+        self.cost.get().unwrap_or(&Cost::NOTHING)
     }
 
     /// Runs it over these operands, with this amount of work if it is attention. Says what it cost

@@ -65,7 +65,11 @@ impl Work {
                 system.values(|| transfer(dst, src, *len))?;
                 Ok(system.time(|| cost.transfer(*len, *path, &system.topology)))
             }
-            Work::Fill { memory, offset, len, byte } => fill(memory, *offset, *len, *byte, system),
+            Work::Fill { memory, offset, len, byte } => {
+                let fill = || memory.try_write(*offset, *len, |m| m.fill(*byte)).ok_or(Halt::Busy);
+                system.values(fill)?;
+                Ok(system.time(|| cost.fill(*len)))
+            }
             Work::Write { memory, offset, bytes, len } => {
                 system.values(|| match bytes.is_empty() {
                     true => Ok(()),
@@ -116,18 +120,6 @@ fn transfer(dst: &(Arc<Memory>, u64), src: &(Arc<Memory>, u64), len: u64) -> Res
         to.copy_from_slice(from);
     }
     Ok(())
-}
-
-/// Sets bytes.
-pub(super) fn fill(
-    memory: &Memory,
-    offset: u64,
-    len: u64,
-    byte: u8,
-    system: &Shared,
-) -> Result<Cost, Halt> {
-    system.values(|| memory.try_write(offset, len, |m| m.fill(byte)).ok_or(Halt::Busy))?;
-    Ok(system.time(|| system.cost.fill(len)))
 }
 
 /// Computes an op's values; what only these could tell about its cost.
