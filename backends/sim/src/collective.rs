@@ -9,7 +9,7 @@ mod movement;
 mod reduce;
 
 use crate::cost::{Cost, Exchanged};
-use crate::memory::{BorrowError, Guards, Memory, SimTensor, Slot, Span};
+use crate::memory::{BorrowError, Guards, SimTensor, Slot, Slots, Span, arranged};
 use crate::stream::{Held, Launch, StreamShared, Touch, Work};
 use crate::system::Shared;
 use crate::timeline::{PairKey, Step};
@@ -337,18 +337,17 @@ fn run_pair(
 }
 
 fn copy(src: &SimTensor, dst: &SimTensor) -> Result<(), BorrowError> {
-    let span = |t, access| span(t, access);
-    let spans = [span(src, Access::Read), span(dst, Access::Write)];
-    let mut guards = Guards::lock(&spans)?;
-    if let [Slot::Read(from), Slot::Write(to)] = guards.carve(&spans)?.as_mut_slice() {
+    let spans = arranged([
+        Span::new(&src.memory, src.offset, src.desc.extent(), Access::Read),
+        Span::new(&dst.memory, dst.offset, dst.desc.extent(), Access::Write),
+    ]);
+    let (mut guards, mut slots) = (Guards::default(), Slots::new());
+    guards.lock(&spans)?;
+    guards.carve(&spans, &mut slots)?;
+    if let [Slot::Read(from), Slot::Write(to)] = slots.as_mut_slice() {
         to.copy_from_slice(from);
     }
     Ok(())
-}
-
-fn span(t: &SimTensor, access: Access) -> Span<'_> {
-    let memory: &Memory = &t.memory;
-    Span { memory, offset: t.offset, len: t.desc.extent(), access }
 }
 
 impl PeerBatch {

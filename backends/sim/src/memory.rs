@@ -156,34 +156,71 @@ impl Operand for SimTensor {
 }
 
 /// A byte range that a command will touch.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Span<'a> {
     pub(crate) memory: &'a Memory,
     pub(crate) offset: u64,
     pub(crate) len: u64,
     pub(crate) access: Access,
+    /// Which operand it is, in the order of [`hal::Op::visit`].
+    operand: u8,
+    /// Whether the command writes any of the buffer.
+    written: bool,
 }
 
-/// The ranges of an op's operands, in the order of [`hal::Op::visit`].
+impl<'a> Span<'a> {
+    pub(crate) fn new(memory: &'a Memory, offset: u64, len: u64, access: Access) -> Self {
+        Span { memory, offset, len, access, operand: 0, written: access.writes() }
+    }
+}
+
+/// Something with a span.
+pub(crate) trait Spanning {
+    fn span(&self) -> Span<'_>;
+}
+
+impl Spanning for Span<'_> {
+    #[inline(always)]
+    fn span(&self) -> Span<'_> {
+        *self
+    }
+}
+
+/// The ranges of an op's operands, as [`arrange`] leaves them.
 pub(crate) type Spans<'a> = ArrayVec<Span<'a>, MAX_OPERANDS>;
 
-/// The range of an operand, and its memory.
+/// Puts the spans of a command, which come in the order of its operands, into the order in which they
+/// are borrowed: buffer by buffer, and ascending within each.
+fn arrange(spans: &mut [Span<'_>]) {
+    for at in 0..spans.len() {
+        let of_buffer = |s: &Span<'_>| s.memory.id == spans[at].memory.id && s.access.writes();
+        let written = spans.iter().any(of_buffer);
+        (spans[at].operand, spans[at].written) = (at as u8, written);
+    }
+    spans.sort_by_key(|s| (s.memory.id, s.offset, s.len, !s.access.writes()));
+}
+
+/// A command's spans, arranged.
+pub(crate) fn arranged<'a, const N: usize>(mut spans: [Span<'a>; N]) -> [Span<'a>; N] {
+    arrange(&mut spans);
+    spans
+}
+
+/// A span that holds its memory.
 #[derive(Clone, Debug)]
 pub(crate) struct Extent {
     memory: Arc<Memory>,
     offset: u64,
     len: u64,
     access: Access,
+    operand: u8,
+    written: bool,
 }
 
 /// Bytes of an operand that are fetched ahead: enough for the hardware to go on by itself.
 const FETCHED: u64 = 1 << 11;
 
 impl Extent {
-    pub(crate) fn new(t: &SimTensor, access: Access) -> Self {
-        Extent { memory: t.memory.clone(), offset: t.offset, len: t.desc.extent(), access }
-    }
-
     /// Asks for what a command will look at first.
     pub(crate) fn fetch(&self) {
         fetch(std::ptr::from_ref(&*self.memory).addr(), size_of::<Memory>().min(128));
@@ -196,10 +233,14 @@ impl Extent {
             fetch(at, self.len.min(FETCHED) as usize);
         }
     }
+}
 
-    pub(crate) fn span(&self) -> Span<'_> {
-        let Extent { memory, offset, len, access } = self;
-        Span { memory, offset: *offset, len: *len, access: *access }
+impl Spanning for Extent {
+    #[inline(always)]
+    fn span(&self) -> Span<'_> {
+        let Extent { memory, offset, len, access, operand, written } = self;
+        let (offset, len, access, operand, written) = (*offset, *len, *access, *operand, *written);
+        Span { memory, offset, len, access, operand, written }
     }
 }
 
@@ -218,103 +259,113 @@ enum Guard<'m> {
 }
 
 /// The locks of a command's buffers, each buffer once.
-pub(crate) struct Guards<'m>(ArrayVec<(BufferId, Guard<'m>), MAX_OPERANDS>);
+#[derive(Default)]
+pub(crate) struct Guards<'m>(ArrayVec<Guard<'m>, MAX_OPERANDS>);
 
 /// The bytes of an op's operands.
 pub(crate) type Slots<'g> = ArrayVec<Slot<'g>, MAX_OPERANDS>;
 
+/// What comes first in arranged spans: all of one buffer.
+fn one_buffer<S: Spanning>(spans: &[S]) -> usize {
+    let Some(first) = spans.first() else { return 0 };
+    let id = first.span().memory.id;
+    spans.iter().take_while(|s| s.span().memory.id == id).count()
+}
+
 impl<'m> Guards<'m> {
-    /// Locks the buffers of all spans, without waiting.
-    pub(crate) fn lock(spans: &[Span<'m>]) -> Result<Self, BorrowError> {
-        let mut guards: ArrayVec<(BufferId, Guard<'m>), MAX_OPERANDS> = ArrayVec::new();
-        for span in spans {
-            if guards.iter().any(|(id, _)| *id == span.memory.id) {
-                continue;
+    /// Locks the buffers of arranged spans, without waiting.
+    pub(crate) fn lock<S: Spanning>(&mut self, spans: &'m [S]) -> Result<(), BorrowError> {
+        let mut rest = spans;
+        while let Some(first) = rest.first() {
+            let span = first.span();
+            if let Some(storage) = &span.memory.storage {
+                self.0.push(match span.written {
+                    true => Guard::Write(storage.try_write().ok_or(BorrowError::Busy)?),
+                    false => Guard::Read(storage.try_read().ok_or(BorrowError::Busy)?),
+                });
             }
-            let Some(storage) = &span.memory.storage else { continue };
-            let written = spans.iter().any(|s| s.memory.id == span.memory.id && s.access.writes());
-            let guard = match written {
-                true => Guard::Write(storage.try_write().ok_or(BorrowError::Busy)?),
-                false => Guard::Read(storage.try_read().ok_or(BorrowError::Busy)?),
-            };
-            guards.push((span.memory.id, guard));
+            rest = &rest[one_buffer(rest)..];
         }
-        Ok(Guards(guards))
+        Ok(())
     }
 
-    /// Cuts the locked buffers into the spans' slices. Spans that are read may overlap each other;
-    /// a span that is read and lies exactly on one that is written becomes an alias of it.
-    pub(crate) fn carve(&mut self, spans: &[Span<'_>]) -> Result<Slots<'_>, BorrowError> {
-        let mut slots: Slots<'_> = spans.iter().map(|_| Slot::Taken).collect();
-        for (id, guard) in &mut self.0 {
-            let of_buffer = |i: &usize| spans[*i].memory.id == *id;
-            match guard {
-                Guard::Read(storage) => {
+    /// Cuts the locked buffers into the spans' slices, in the order of the operands. Spans that are
+    /// read may overlap each other; a span that is read and lies exactly on one that is written
+    /// becomes an alias of it.
+    pub(crate) fn carve<'g, S: Spanning>(
+        &'g mut self,
+        spans: &[S],
+        slots: &mut Slots<'g>,
+    ) -> Result<(), BorrowError> {
+        slots.extend(spans.iter().map(|_| Slot::Taken));
+        let (mut rest, mut guards) = (spans, self.0.iter_mut());
+        while let Some(first) = rest.first() {
+            let (of_buffer, later) = rest.split_at(one_buffer(rest));
+            rest = later;
+            if first.span().memory.storage.is_none() {
+                continue;
+            }
+            match guards.next() {
+                Some(Guard::Read(storage)) => {
                     let storage: &Storage = storage;
-                    for i in (0..spans.len()).filter(of_buffer) {
-                        slots[i] =
-                            Slot::Read(&storage.bytes()[range(spans[i].offset, spans[i].len)]);
+                    for span in of_buffer.iter().map(Spanning::span) {
+                        let bytes = &storage.bytes()[range(span.offset, span.len)];
+                        slots[usize::from(span.operand)] = Slot::Read(bytes);
                     }
                 }
-                Guard::Write(storage) => {
-                    let mut order: ArrayVec<usize, MAX_OPERANDS> =
-                        (0..spans.len()).filter(of_buffer).collect();
-                    order.sort_by_key(|&i| {
-                        (spans[i].offset, spans[i].len, !spans[i].access.writes())
-                    });
-                    carve_written(storage.bytes_mut(), spans, &order, &mut slots)?;
+                Some(Guard::Write(storage)) => {
+                    carve_written(storage.bytes_mut(), of_buffer, slots)?;
                 }
+                None => unreachable!("every buffer of the spans was locked"),
             }
         }
-        Ok(slots)
+        Ok(())
     }
 }
 
 /// Cuts one buffer, in ascending order of the spans, so that every piece is borrowed once.
-fn carve_written<'g>(
+fn carve_written<'g, S: Spanning>(
     bytes: &'g mut [u8],
-    spans: &[Span<'_>],
-    order: &[usize],
+    spans: &[S],
     slots: &mut [Slot<'g>],
 ) -> Result<(), BorrowError> {
     let (mut rest, mut at) = (bytes, 0u64);
     let mut next = 0;
-    while next < order.len() {
-        let first = &spans[order[next]];
+    while next < spans.len() {
+        let first = spans[next].span();
         if first.len == 0 {
-            slots[order[next]] = Slot::Read(&[]);
+            slots[usize::from(first.operand)] = Slot::Read(&[]);
             next += 1;
             continue;
         }
         // The spans that overlap this one, directly or through each other.
         let (mut end, mut last) = (first.offset + first.len, next + 1);
-        while last < order.len() && spans[order[last]].offset < end {
-            end = end.max(spans[order[last]].offset + spans[order[last]].len);
+        while last < spans.len() && spans[last].span().offset < end {
+            end = end.max(spans[last].span().offset + spans[last].span().len);
             last += 1;
         }
         let (_, tail) = rest.split_at_mut((first.offset - at) as usize);
         let (piece, tail) = tail.split_at_mut((end - first.offset) as usize);
         (rest, at) = (tail, end);
-        let group = &order[next..last];
-        match group.iter().position(|&i| spans[i].access.writes()) {
+        let group = || spans[next..last].iter().map(Spanning::span);
+        match group().find(|span| span.access.writes()) {
             None => {
                 let piece: &[u8] = piece;
-                for &i in group {
-                    slots[i] =
-                        Slot::Read(&piece[range(spans[i].offset - first.offset, spans[i].len)]);
+                for span in group() {
+                    let bytes = &piece[range(span.offset - first.offset, span.len)];
+                    slots[usize::from(span.operand)] = Slot::Read(bytes);
                 }
             }
             Some(writer) => {
-                let writer = group[writer];
-                for &i in group.iter().filter(|&&i| i != writer) {
-                    let same = spans[i].offset == spans[writer].offset
-                        && spans[i].len == spans[writer].len;
-                    if !same || spans[i].access.writes() {
-                        return Err(BorrowError::Overlap(writer.min(i), writer.max(i)));
+                for span in group().filter(|span| span.operand != writer.operand) {
+                    let same = span.offset == writer.offset && span.len == writer.len;
+                    if !same || span.access.writes() {
+                        let (a, b) = (usize::from(writer.operand), usize::from(span.operand));
+                        return Err(BorrowError::Overlap(a.min(b), a.max(b)));
                     }
-                    slots[i] = Slot::Alias;
+                    slots[usize::from(span.operand)] = Slot::Alias;
                 }
-                slots[writer] = Slot::Write(piece);
+                slots[usize::from(writer.operand)] = Slot::Write(piece);
             }
         }
         next = last;
@@ -335,13 +386,26 @@ pub(crate) enum Slot<'g> {
     Taken,
 }
 
-/// The spans of an op's operands.
+/// The spans of an op's operands, arranged.
 pub(crate) fn spans(op: &hal::Op<SimTensor>) -> Spans<'_> {
     let mut spans = Spans::new();
-    op.visit(|_, access, t| {
-        spans.push(Span { memory: &t.memory, offset: t.offset, len: t.desc.extent(), access });
-    });
+    op.visit(|_, access, t| spans.push(Span::new(&t.memory, t.offset, t.desc.extent(), access)));
+    arrange(&mut spans);
     spans
+}
+
+/// The same, for as long as they are wanted.
+pub(crate) fn extents(op: &hal::Op<SimTensor>) -> impl Iterator<Item = Extent> {
+    let mut memories = ArrayVec::<_, MAX_OPERANDS>::new();
+    op.visit(|_, _, t| memories.push(t.memory.clone()));
+    spans(op)
+        .into_iter()
+        .map(|Span { offset, len, access, operand, written, .. }| {
+            let memory = memories[usize::from(operand)].clone();
+            Extent { memory, offset, len, access, operand, written }
+        })
+        .collect::<ArrayVec<_, MAX_OPERANDS>>()
+        .into_iter()
 }
 
 /// The op over argument numbers, in the same order.
@@ -362,21 +426,22 @@ mod tests {
     }
 
     fn span(memory: &Memory, offset: u64, len: u64, access: Access) -> Span<'_> {
-        Span { memory, offset, len, access }
+        Span::new(memory, offset, len, access)
     }
 
     #[test]
     fn disjoint_parts_of_one_buffer_are_borrowed_together() {
         let m = memory(100);
-        let spans = [
+        let spans = arranged([
             span(&m, 50, 10, Access::Write),
             span(&m, 0, 20, Access::Read),
             span(&m, 10, 20, Access::Read),
             span(&m, 60, 40, Access::Update),
             span(&m, 60, 40, Access::Read),
-        ];
-        let mut guards = Guards::lock(&spans).unwrap();
-        let slots = guards.carve(&spans).unwrap();
+        ]);
+        let (mut guards, mut slots) = (Guards::default(), Slots::new());
+        guards.lock(&spans).unwrap();
+        guards.carve(&spans, &mut slots).unwrap();
         assert!(matches!(&slots[0], Slot::Write(b) if b.len() == 10));
         assert!(matches!(&slots[1], Slot::Read(b) if b.len() == 20));
         assert!(matches!(&slots[2], Slot::Read(b) if b.len() == 20));
@@ -387,18 +452,21 @@ mod tests {
     #[test]
     fn partial_overlap_with_a_write_is_refused() {
         let m = memory(100);
-        let spans = [span(&m, 0, 20, Access::Read), span(&m, 19, 4, Access::Write)];
-        let mut guards = Guards::lock(&spans).unwrap();
-        assert_eq!(guards.carve(&spans).unwrap_err(), BorrowError::Overlap(0, 1));
+        let spans = arranged([span(&m, 0, 20, Access::Read), span(&m, 19, 4, Access::Write)]);
+        let (mut guards, mut slots) = (Guards::default(), Slots::new());
+        guards.lock(&spans).unwrap();
+        let overlap = BorrowError::Overlap(0, 1);
+        assert_eq!(guards.carve(&spans, &mut slots).unwrap_err(), overlap);
     }
 
     #[test]
     fn a_held_buffer_is_busy_not_blocking() {
         let m = memory(8);
         let write = [span(&m, 0, 8, Access::Write)];
-        let held = Guards::lock(&write).unwrap();
-        assert!(matches!(Guards::lock(&write), Err(BorrowError::Busy)));
+        let mut held = Guards::default();
+        held.lock(&write).unwrap();
+        assert_eq!(Guards::default().lock(&write), Err(BorrowError::Busy));
         drop(held);
-        assert!(Guards::lock(&write).is_ok());
+        assert_eq!(Guards::default().lock(&write), Ok(()));
     }
 }

@@ -53,6 +53,7 @@ fn meet(make: impl Fn(&Rank) -> Collective) -> [Span; 2] {
         rank.stream.submit_collectives(&rank.communicator, batch, &label).unwrap();
     }
     ranks.iter().for_each(|rank| rank.stream.synchronize(SOON).unwrap());
+    ranks.iter().for_each(|rank| rank.device.set_trace(None).unwrap());
     let mut spans = spans.0.lock().unwrap().clone();
     spans.retain(|span| matches!(span.kind, CommandKind::Collective(_)));
     spans.sort_by_key(|span| span.stream);
@@ -101,6 +102,7 @@ fn a_wait_names_the_command_waited_for() {
     b.wait(&done).unwrap();
     b.fill(&buffer.whole(), 1).unwrap();
     b.synchronize(SOON).unwrap();
+    die.set_trace(None).unwrap();
     let spans = spans.0.lock().unwrap();
     let wait = spans.iter().find(|span| span.kind == CommandKind::Wait).unwrap();
     let target = WaitedFor::Command { stream: a.id(), sequence: done.value() };

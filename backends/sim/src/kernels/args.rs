@@ -18,14 +18,15 @@ impl Operand for Arg {
 }
 
 /// The operands of one op, borrowed for the time of its execution.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Args<'g> {
     slots: Slots<'g>,
 }
 
 impl<'g> Args<'g> {
-    pub(crate) fn new(slots: Slots<'g>) -> Self {
-        Args { slots }
+    /// Where they are put.
+    pub(crate) fn slots(&mut self) -> &mut Slots<'g> {
+        &mut self.slots
     }
 
     /// An operand that is read.

@@ -11,7 +11,7 @@ use super::recipe::Recipe;
 use super::work::{Halt, Work};
 use crate::collective::{Group, Part, SimCommunicator, Submission};
 use crate::cost::Cost;
-use crate::memory::{Extent, Memory, Standing};
+use crate::memory::{self, Extent, Memory, Standing};
 use crate::system::Shared;
 use hal::hazard::{AccessLog, StreamOrder};
 use hal::op::{Access, AttentionWork};
@@ -230,10 +230,8 @@ impl Maker {
             ListAction::Op(command) => {
                 let op = stream.resolve_op(command).ok()?;
                 let mut ordered = true;
-                let mut extents = Vec::new();
                 op.visit(|_, access, t| {
                     ordered &= self.touch(place, &t.memory, t.offset, t.desc.extent(), access);
-                    extents.push(Extent::new(t, access));
                 });
                 if !ordered {
                     return None;
@@ -243,8 +241,9 @@ impl Maker {
                     self.made.attention.len() - 1
                 });
                 let all = &mut self.made.tracks[entry.stream].operands;
-                let operands = all.len()..all.len() + extents.len();
-                all.extend(extents);
+                let first = all.len();
+                all.extend(memory::extents(&op));
+                let operands = first..all.len();
                 let recipe = stream.shared.system.recipes.get(&op, &command.label);
                 Command::Op { recipe, operands, attention }
             }

@@ -6,7 +6,7 @@
 use super::work::{Halt, compute};
 use crate::cost::Cost;
 use crate::kernels::Arg;
-use crate::memory::{self, Extent, SimTensor, Spans};
+use crate::memory::{self, Extent, SimTensor};
 use crate::system::Shared;
 use hal::op::AttentionWork;
 use hal::{Label, Op, OpKind, TensorDesc};
@@ -43,8 +43,7 @@ impl Recipe {
         attention: Option<AttentionWork>,
         system: &Shared,
     ) -> Result<Option<Cost>, Halt> {
-        let spans = || operands.iter().map(Extent::span).collect::<Spans<'_>>();
-        let routing = system.values(|| compute(&self.args, &spans(), system))?;
+        let routing = system.values(|| compute(&self.args, operands, system))?;
         if !system.mode.timed() {
             return Ok(None);
         }

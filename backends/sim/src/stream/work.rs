@@ -4,7 +4,7 @@ use super::queue::StreamShared;
 use crate::collective::Submission;
 use crate::cost::{Cost, Path};
 use crate::kernels::{self, Arg, Args};
-use crate::memory::{self, BorrowError, Guards, Memory, SimTensor, Slot, Span};
+use crate::memory::{self, BorrowError, Guards, Memory, SimTensor, Slot, Slots, Span, Spanning};
 use crate::system::Shared;
 use hal::op::{Access, Routing};
 use hal::{Cause, Op};
@@ -110,27 +110,31 @@ impl Shared {
 }
 
 fn transfer(dst: &(Arc<Memory>, u64), src: &(Arc<Memory>, u64), len: u64) -> Result<(), Halt> {
-    let spans = [
-        Span { memory: &src.0, offset: src.1, len, access: Access::Read },
-        Span { memory: &dst.0, offset: dst.1, len, access: Access::Write },
-    ];
-    let mut guards = Guards::lock(&spans)?;
+    let spans = memory::arranged([
+        Span::new(&src.0, src.1, len, Access::Read),
+        Span::new(&dst.0, dst.1, len, Access::Write),
+    ]);
+    let (mut guards, mut slots) = (Guards::default(), Slots::new());
+    guards.lock(&spans)?;
+    guards.carve(&spans, &mut slots)?;
     // Host and device memory of one system all have storage here.
-    if let [Slot::Read(from), Slot::Write(to)] = guards.carve(&spans)?.as_mut_slice() {
+    if let [Slot::Read(from), Slot::Write(to)] = slots.as_mut_slice() {
         to.copy_from_slice(from);
     }
     Ok(())
 }
 
-/// Computes an op's values; what only these could tell about its cost.
-pub(super) fn compute(
+/// Computes an op's values over arranged spans; what only these could tell about its cost.
+pub(super) fn compute<S: Spanning>(
     args: &Op<Arg>,
-    spans: &[Span<'_>],
+    spans: &[S],
     system: &Shared,
 ) -> Result<Option<Routing>, Halt> {
-    let mut guards = Guards::lock(spans)?;
-    let slots = guards.carve(spans)?;
-    match kernels::run(args, &mut Args::new(slots), &system.kernels) {
+    // Both are filled where they are: moving them takes as long as many a small op.
+    let (mut guards, mut slots) = (Guards::default(), Args::default());
+    guards.lock(spans)?;
+    guards.carve(spans, slots.slots())?;
+    match kernels::run(args, &mut slots, &system.kernels) {
         Ok(outcome) => Ok(outcome.routing),
         Err(problem) => Err(Halt::Failed(Cause::Data(problem))),
     }

@@ -12,9 +12,10 @@ const PLAIN: Context = Context { isa: Isa::Portable, threads: 1 };
 
 fn execute(op: &Op<SimTensor>, ctx: &Context) -> Result<super::Outcome, String> {
     let spans = spans(op);
-    let mut guards = Guards::lock(&spans).unwrap();
-    let slots = guards.carve(&spans).unwrap();
-    run(&args(op), &mut Args::new(slots), ctx)
+    let (mut guards, mut slots) = (Guards::default(), Args::default());
+    guards.lock(&spans).unwrap();
+    guards.carve(&spans, slots.slots()).unwrap();
+    run(&args(op), &mut slots, ctx)
 }
 
 /// The suite's cases, in the simulator's memory. Aliases stay aliases.
