@@ -8,7 +8,7 @@ use hal::op;
 use hal::{DType, Device, Op, Operand, Region, Stream, Tensor, TensorDesc};
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -21,6 +21,9 @@ const TIMEOUT: Duration = Duration::from_secs(600);
 /// Bytes of weights in flight on one die before its loader waits: bounds the staging memory, which
 /// is this for each rank being loaded, and as many are as there are processors.
 const STAGING: u64 = 256 << 20;
+
+/// Tensors of a buffer begin at multiples of this many bytes, as buffers do.
+const ALIGNMENT: u64 = 256;
 
 /// Why weights cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -75,11 +78,7 @@ impl Weights {
 /// [`LoadError::Device`]. What was allocated is freed.
 pub fn allocate(device: &Arc<dyn Device>, plan: &WeightPlan) -> Result<Weights, LoadError> {
     let stream = device.stream("load").map_err(|e| wrap("the load stream", e))?;
-    let mut tensors = HashMap::with_capacity(plan.specs.len());
-    for spec in &plan.specs {
-        let name = format!("{:?}", spec.key.role);
-        tensors.insert(spec.key, alloc(&*stream, spec, &name)?);
-    }
+    let tensors = alloc(&*stream, plan)?;
     stream.synchronize(TIMEOUT).map_err(|e| wrap("the weights", e))?;
     Ok(Weights { tensors, read_bytes: 0 })
 }
@@ -162,16 +161,38 @@ fn wrap(tensor: &str, source: hal::Error) -> LoadError {
     LoadError::Device { tensor: tensor.to_string(), source }
 }
 
+/// Makes room for a rank's weights: one buffer a layer, since a die that finds many small buffers all
+/// over its memory spends its time on finding them. Not one for all, which a device with other
+/// tenants may not have in one piece.
 fn alloc(
     stream: &dyn Stream,
-    spec: &WeightSpec,
-    name: &str,
-) -> Result<(Tensor, Option<Tensor>), LoadError> {
-    let one = |desc: TensorDesc| {
-        let buffer = stream.alloc(desc.bytes()).map_err(|e| wrap(name, e))?;
-        Ok::<_, LoadError>(Tensor::new(buffer, 0, desc))
+    plan: &WeightPlan,
+) -> Result<HashMap<WeightKey, (Tensor, Option<Tensor>)>, LoadError> {
+    let mut sizes: BTreeMap<usize, u64> = BTreeMap::new();
+    // Where each tensor begins in its layer's buffer.
+    let mut place = |spec: &WeightSpec, desc: &TensorDesc| {
+        let size = sizes.entry(spec.key.layer).or_default();
+        let at = *size;
+        *size += desc.bytes().next_multiple_of(ALIGNMENT);
+        at
     };
-    Ok((one(spec.desc)?, spec.scales.map(one).transpose()?))
+    let places: Vec<_> = plan
+        .specs
+        .iter()
+        .map(|spec| (place(spec, &spec.desc), spec.scales.as_ref().map(|s| place(spec, s))))
+        .collect();
+    let mut buffers = BTreeMap::new();
+    for (layer, size) in sizes {
+        let name = || format!("the weights of layer {layer}");
+        let buffer = stream.alloc(size).map_err(|e| wrap(&name(), e))?;
+        buffers.insert(layer, buffer);
+    }
+    let tensors = plan.specs.iter().zip(places).map(|(spec, (at, scales_at))| {
+        let tensor = |desc, at| Tensor::new(buffers[&spec.key.layer].clone(), at, desc);
+        let scales = spec.scales.zip(scales_at).map(|(desc, at)| tensor(desc, at));
+        (spec.key, (tensor(spec.desc, at), scales))
+    });
+    Ok(tensors.collect())
 }
 
 /// A rank to load.
@@ -191,13 +212,13 @@ impl Target<'_> {
     ) -> Result<Weights, LoadError> {
         let stream = self.device.stream("load").map_err(|e| wrap("the load stream", e))?;
         let mut loader = Loader { stream: &*stream, checkpoint, progress, read: 0, in_flight: 0 };
-        let mut tensors = HashMap::with_capacity(self.plan.specs.len());
+        let tensors = alloc(&*stream, self.plan)?;
         for spec in &self.plan.specs {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
             let pieces = super::pieces(checkpoint.config(), self.rank, self.options, spec.key);
-            tensors.insert(spec.key, loader.weight(spec, &pieces, self.rank)?);
+            loader.weight(spec, &pieces, self.rank, &tensors[&spec.key])?;
         }
         let read_bytes = loader.read;
         stream.synchronize(TIMEOUT).map_err(|e| wrap("the weights", e))?;
@@ -219,9 +240,9 @@ impl Loader<'_> {
         spec: &WeightSpec,
         pieces: &[Piece],
         rank: &RankPlan,
-    ) -> Result<(Tensor, Option<Tensor>), LoadError> {
+        (tensor, scales): &(Tensor, Option<Tensor>),
+    ) -> Result<(), LoadError> {
         let name = pieces.first().map_or("a computed table", |p| &p.name);
-        let (tensor, scales) = alloc(self.stream, spec, name)?;
         match spec.key.role {
             Role::RopeTable => {
                 let table = rope_table(self.checkpoint.config(), spec.desc.dim(0));
@@ -234,9 +255,9 @@ impl Loader<'_> {
             _ => {}
         }
         for piece in pieces {
-            self.piece(spec, piece, &tensor, scales.as_ref())?;
+            self.piece(spec, piece, tensor, scales.as_ref())?;
         }
-        Ok((tensor, scales))
+        Ok(())
     }
 
     fn piece(
