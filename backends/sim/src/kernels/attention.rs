@@ -6,6 +6,7 @@
 
 use super::cache::{check_pages, check_starts};
 use super::number::{Float, exp};
+use super::scratch::Scratch;
 use super::simd::{Element, LANES, for_vectors, kernel, sum, vector};
 use super::{Arg, Args, Context};
 use hal::DType;
@@ -162,7 +163,7 @@ fn attend<'a, T: Element>(
     scale: f32,
     out: &mut [f32],
 ) {
-    let mut weights = vec![0.0; keys];
+    let mut weights = Scratch::any(keys);
     let mut rest = &mut weights[..];
     for run in runs.clone() {
         let (these, later) = rest.split_at_mut(run.count);
@@ -203,8 +204,10 @@ fn store<T: Float>(results: &[f32], out: &Arg, args: &mut Args<'_>) {
     }
 }
 
-fn widen<T: Element>(row: &[T]) -> Vec<f32> {
-    row.iter().map(|&v| v.widen()).collect()
+fn widen<T: Element>(row: &[T]) -> Scratch {
+    let mut values = Scratch::empty();
+    values.extend(row.iter().map(|&v| v.widen()));
+    values
 }
 
 /// Work of the average query and head, for the decision about threads.
@@ -239,7 +242,7 @@ fn prefill_as<T: Float>(
     let (heads, v) = (op.q.desc.dim(1), op.out.desc.dim(2));
     let rope = op.k_rope.desc.dim(1);
     let nope = op.q.desc.dim(2) - rope;
-    let mut results = vec![0.0; op.out.desc.elements()];
+    let mut results = Scratch::zeros(op.out.desc.elements());
     let pairs: usize = queries.iter().map(|(_, keys)| keys).sum();
     let cost = average(pairs as u64, queries.len(), op.q.desc.dim(2) + v);
     super::for_each_chunk(ctx, &mut results, v, cost, |index, out| {
@@ -295,7 +298,7 @@ fn decode_as<T: Float>(
     }
     let queries = queries(q_starts, |b| kv_lens[b] as usize)?;
     let (heads, rank) = (op.q_latent.desc.dim(1), op.q_latent.desc.dim(2));
-    let mut results = vec![0.0; op.out.desc.elements()];
+    let mut results = Scratch::zeros(op.out.desc.elements());
     let pairs: usize = queries.iter().map(|(_, keys)| keys).sum();
     let cost = average(pairs as u64, queries.len(), width + rank);
     // The first keys of a sequence, page by page.

@@ -1,6 +1,7 @@
 //! One small matrix per head: the two halves of MLA's absorbed form.
 
 use super::number::Float;
+use super::scratch::Scratch;
 use super::simd::{LANES, for_vectors, kernel, vector};
 use super::{Arg, Args, Context};
 use hal::op::BatchedLinear;
@@ -86,7 +87,7 @@ fn batched_as<T: Float>(op: &BatchedLinear<Arg>, args: &mut Args<'_>, ctx: &Cont
     let (x, w) = (args.read::<T>(&op.x), args.read::<T>(&op.w));
     let (tokens, heads, columns) = (op.x.desc.dim(0), op.x.desc.dim(1), op.x.desc.dim(2));
     let (width, stride, per_head) = (op.out.desc.dim(2), op.w.desc.stride(1), op.w.desc.stride(0));
-    let mut results = vec![0.0; tokens * heads * width];
+    let mut results = Scratch::any(tokens * heads * width);
     let one = |index: usize, out: &mut [f32]| {
         let (t, h) = (index / heads, index % heads);
         let w = &w.data[h * per_head..];

@@ -5,6 +5,7 @@
 //! split over weight rows only, so that no sum is ever split.
 
 use super::number::{E4M3_VALUES, Float};
+use super::scratch::Scratch;
 use super::simd::{Element, LANES, for_vectors, kernel, vector};
 use super::{Arg, Args, Context, Outcome, View, ViewMut};
 use hal::DType;
@@ -36,26 +37,35 @@ const FP8_FACTOR: f32 = 256.0;
 
 /// Activations as FP32 rows, with the scales of each group of columns.
 struct Activations {
-    values: Vec<f32>,
-    scales: Option<Vec<f32>>,
+    values: Scratch,
+    scales: Option<Scratch>,
     columns: usize,
     groups: usize,
 }
 
 impl Activations {
-    fn read(args: &Args<'_>, x: &Arg, x_scales: Option<&Arg>) -> Self {
+    fn read(args: &Args<'_>, x: &Arg, x_scales: Option<&Arg>, ctx: &Context) -> Self {
         let (rows, columns) = (x.desc.dim(0), x.desc.dim(1));
-        let mut values = Vec::with_capacity(rows * columns);
+        let mut values = Scratch::empty();
         match x.desc.dtype() {
             DType::F32 => collect(&args.read::<f32>(x), &mut values, |v| v),
             DType::Bf16 => collect(&args.read::<bf16>(x), &mut values, Element::widen),
             _ => {
-                collect(&args.read::<u8>(x), &mut values, |byte| E4M3_VALUES[usize::from(byte)]);
+                let x = args.read::<u8>(x);
+                values.resize(rows * columns, 0.0);
+                for (r, values) in values.chunks_exact_mut(columns.max(1)).enumerate() {
+                    let bytes = x.row(r);
+                    decode(ctx.isa, bytes, values);
+                    if has_nan(ctx.isa, bytes) {
+                        let all = values.iter_mut().zip(bytes);
+                        all.for_each(|(v, &byte)| *v = E4M3_VALUES[usize::from(byte)]);
+                    }
+                }
             }
         }
         let groups = x_scales.map_or(0, |s| s.desc.dim(1));
         let scales = x_scales.map(|s| {
-            let mut scales = Vec::with_capacity(rows * groups);
+            let mut scales = Scratch::empty();
             collect(&args.read::<f32>(s), &mut scales, |v| v);
             scales
         });
@@ -67,7 +77,7 @@ impl Activations {
     }
 
     fn scales_from<const M: usize>(&self, t: usize) -> [&[f32]; M] {
-        rows_of(self.scales.as_deref().unwrap_or(&[]), self.groups, t)
+        rows_of(self.scales.as_ref().map_or(&[], |scales| &scales[..]), self.groups, t)
     }
 }
 
@@ -330,6 +340,21 @@ kernel! {
 }
 
 kernel! {
+    /// FP8 values, of which none is a NaN.
+    fn decode<L>(bytes: &[u8], out: &mut [f32]) {
+        // −0 + x is x, whichever zero that is.
+        let (zero, factor) = (L::splat(-0.0), L::splat(FP8_FACTOR));
+        for_vectors!(|i| in bytes.len(), {
+            let values = zero.fma(L::load_fp8(vector(bytes, i)), factor);
+            out[i..i + LANES].copy_from_slice(&values.array());
+        }, |rest| {
+            let values = zero.fma(L::load_some_fp8(&bytes[i..]), factor);
+            out[i..].copy_from_slice(&values.array()[..rest]);
+        });
+    }
+}
+
+kernel! {
     /// Whether any FP8 value is a NaN.
     fn has_nan<_L>(bytes: &[u8]) -> bool {
         let mut found = 0u8;
@@ -440,7 +465,7 @@ impl Product for u8 {
         let scales = w.scales_from::<R>(n, x.groups);
         let grid = w.grid;
         if tokens.len() >= DECODE_ONCE {
-            let mut decoded = vec![0.0; R * x.columns];
+            let mut decoded = Scratch::any(R * x.columns);
             for (row, out) in rows.iter().zip(decoded.chunks_mut(x.columns)) {
                 decode_scaled(ctx.isa, row, out);
             }
@@ -550,9 +575,9 @@ fn blocks<W: Product>(
 }
 
 /// All groups; the result of group `g` is `[rows][tokens]`, one after the other.
-fn products<W: Product>(ctx: &Context, groups: &[Group<'_, W>], x: &Activations) -> Vec<f32> {
+fn products<W: Product>(ctx: &Context, groups: &[Group<'_, W>], x: &Activations) -> Scratch {
     let sizes = groups.iter().map(|g| g.weight.rows * g.tokens.len());
-    let mut out = vec![0.0; sizes.clone().sum()];
+    let mut out = Scratch::any(sizes.clone().sum());
     let work = out.len() * x.columns;
     if work < super::PARALLEL || ctx.threads == 1 {
         let mut rest = out.as_mut_slice();
@@ -583,11 +608,11 @@ fn products<W: Product>(ctx: &Context, groups: &[Group<'_, W>], x: &Activations)
 }
 
 /// Writes `[rows][tokens]` results to `out[t, n]`.
-fn store<T: Float>(groups: &[(Range<usize>, usize)], results: &[f32], out: &mut ViewMut<'_, T>) {
+fn store<T: Float, W>(groups: &[Group<'_, W>], results: &[f32], out: &mut ViewMut<'_, T>) {
     let mut rest = results;
-    for (tokens, rows) in groups {
+    for Group { weight, tokens } in groups {
         let count = tokens.len();
-        let (mine, later) = rest.split_at(rows * count);
+        let (mine, later) = rest.split_at(weight.rows * count);
         rest = later;
         if count == 1 {
             let row = out.row(tokens.start);
@@ -609,15 +634,14 @@ fn multiply<W: Product>(
     out: &Arg,
 ) {
     let results = products(ctx, groups, x);
-    let shapes: Vec<_> = groups.iter().map(|g| (g.tokens.clone(), g.weight.rows)).collect();
     match out.desc.dtype() {
-        DType::F32 => store(&shapes, &results, &mut args.write::<f32>(out)),
-        _ => store(&shapes, &results, &mut args.write::<bf16>(out)),
+        DType::F32 => store(groups, &results, &mut args.write::<f32>(out)),
+        _ => store(groups, &results, &mut args.write::<bf16>(out)),
     }
 }
 
 fn linear_as<W: Product>(op: &Linear<Arg>, args: &mut Args<'_>, ctx: &Context) {
-    let x = Activations::read(args, &op.x, op.x_scales.as_ref());
+    let x = Activations::read(args, &op.x, op.x_scales.as_ref(), ctx);
     let w = args.read::<W>(&op.w);
     let scales = op.w_scales.as_ref().map_or(&[][..], |s| args.read::<f32>(s).data);
     let rows = op.w.desc.dim(0);
@@ -642,7 +666,7 @@ fn grouped_as<W: Product>(
 ) -> Result<Outcome, String> {
     let offsets = args.read::<i32>(&op.offsets).data;
     super::cache::check_starts("offsets", offsets, op.x.desc.dim(0))?;
-    let x = Activations::read(args, &op.x, op.x_scales.as_ref());
+    let x = Activations::read(args, &op.x, op.x_scales.as_ref(), ctx);
     let w = args.read::<W>(&op.w);
     let scales = op.w_scales.as_ref().map(|s| args.read::<f32>(s).data);
     let (experts, rows, columns) = (op.w.desc.dim(0), op.w.desc.dim(1), op.w.desc.dim(2));

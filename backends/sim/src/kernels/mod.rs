@@ -15,6 +15,7 @@ mod linear;
 mod moe;
 mod number;
 mod rowwise;
+mod scratch;
 mod select;
 mod simd;
 #[cfg(test)]
