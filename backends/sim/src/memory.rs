@@ -7,29 +7,26 @@
 
 mod accesses;
 mod buffers;
+mod storage;
 
 pub(crate) use accesses::{Accesses, Standing};
 pub(crate) use buffers::Buffers;
+pub(crate) use storage::{Equals, WORTH_SHARING};
 
 use crate::kernels::{Arg, fetch};
 use arrayvec::ArrayVec;
-use bytemuck::{Pod, Zeroable};
 use hal::op::Access;
 use hal::{BufferId, DeviceId, Operand, Tensor, TensorDesc};
-use memmap2::MmapMut;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use storage::Storage;
 
 /// The most operands that an op has.
 pub(crate) const MAX_OPERANDS: usize = 12;
 
 /// Allocations are multiples of this many bytes, and aligned to it as far as kernels can tell.
 pub(crate) const ALIGNMENT: u64 = 256;
-
-/// One cache line: the unit that keeps element slices of every dtype aligned.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
 
 /// The bytes of one buffer. What commands need when they run lies in one cache line, and what
 /// they need when they are submitted in another.
@@ -39,57 +36,11 @@ pub(crate) struct Memory {
     /// Absent in a timing-only simulation.
     storage: Option<RwLock<Storage>>,
     /// Where the storage lies, for hints about it.
-    address: usize,
+    address: AtomicUsize,
     pub(crate) id: BufferId,
     pub(crate) size: u64,
     pub(crate) device: DeviceId,
     pub(crate) accesses: Mutex<Accesses>,
-}
-
-/// Zeroed bytes whose start is aligned for every dtype.
-enum Storage {
-    Heap(Box<[Line]>),
-    /// Large buffers get pages of their own, huge ones where the system has them: weights are read
-    /// end to end for every token, and with small pages address translation sets the pace.
-    Mapped(MmapMut),
-}
-
-/// From this size on a buffer gets pages of its own.
-const MAPPED: u64 = 4 << 20;
-
-impl std::fmt::Debug for Storage {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} bytes", self.bytes().len())
-    }
-}
-
-impl Storage {
-    fn new(size: u64) -> Option<Self> {
-        let bytes = usize::try_from(size).ok()?;
-        if size < MAPPED {
-            let lines = bytemuck::allocation::try_zeroed_slice_box(bytes.div_ceil(64)).ok()?;
-            return Some(Storage::Heap(lines));
-        }
-        let map = MmapMut::map_anon(bytes).ok()?;
-        // Advice that the system may not know, and then ignores.
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
-        Some(Storage::Mapped(map))
-    }
-
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Storage::Heap(lines) => bytemuck::cast_slice(lines),
-            Storage::Mapped(map) => map,
-        }
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        match self {
-            Storage::Heap(lines) => bytemuck::cast_slice_mut(lines),
-            Storage::Mapped(map) => map,
-        }
-    }
 }
 
 impl Memory {
@@ -99,7 +50,7 @@ impl Memory {
             true => Some(Storage::new(size)?),
             false => None,
         };
-        let address = storage.as_ref().map_or(0, |storage| storage.bytes().as_ptr().addr());
+        let address = AtomicUsize::new(storage.as_ref().map_or(0, Storage::address));
         let (storage, accesses) = (storage.map(RwLock::new), Mutex::default());
         Some(Memory { id: BufferId::next(), device, size, address, accesses, storage })
     }
@@ -126,6 +77,16 @@ impl Memory {
         let Some(storage) = &self.storage else { return Some(f(&mut [])) };
         let mut guard = storage.try_write()?;
         Some(f(&mut guard.bytes_mut()[range(offset, len)]))
+    }
+
+    /// Overwrites all bytes, which may be those of other memory with equal ones, if no command holds
+    /// them.
+    pub(crate) fn try_replace(&self, bytes: &[u8], equals: &Equals) -> Option<()> {
+        let Some(storage) = &self.storage else { return Some(()) };
+        let mut guard = storage.try_write()?;
+        equals.replace(&mut guard, bytes);
+        self.address.store(guard.address(), Ordering::Relaxed);
+        Some(())
     }
 }
 
@@ -229,7 +190,8 @@ impl Extent {
     /// Asks for the first of the bytes that it will read, after [`Extent::fetch`].
     pub(crate) fn fetch_bytes(&self) {
         if self.access.reads() {
-            let at = self.memory.address.wrapping_add(self.offset as usize);
+            let address = self.memory.address.load(Ordering::Relaxed);
+            let at = address.wrapping_add(self.offset as usize);
             fetch(at, self.len.min(FETCHED) as usize);
         }
     }

@@ -6,6 +6,7 @@ use crate::cost::{CostModel, TileModel};
 use crate::device::{DieState, SimDevice};
 use crate::kernels;
 use crate::machine::Machine;
+use crate::memory::Equals;
 use crate::stream::Recipes;
 use crate::workers::Workers;
 use hal::hazard::StreamOrder;
@@ -67,6 +68,7 @@ pub(crate) struct Shared {
     pub(crate) order: StreamOrder,
     pub(crate) clock: SimClock,
     pub(crate) recipes: Recipes,
+    pub(crate) equals: Equals,
     pub(crate) groups: Mutex<HashMap<CommunicatorId, Arc<Group>>>,
     pub(crate) next_communicator: AtomicU64,
     /// Numbers of sends that have met their receives.
@@ -127,6 +129,7 @@ impl System {
             order: StreamOrder::default(),
             clock: SimClock::new(machine.dies() as usize),
             recipes: Recipes::default(),
+            equals: Equals::default(),
             groups: Mutex::default(),
             next_communicator: AtomicU64::new(1),
             next_pair: AtomicU64::new(0),

@@ -163,34 +163,38 @@ fn wrap(tensor: &str, source: hal::Error) -> LoadError {
 
 /// Makes room for a rank's weights: one buffer a layer, since a die that finds many small buffers all
 /// over its memory spends its time on finding them. Not one for all, which a device with other
-/// tenants may not have in one piece.
+/// tenants may not have in one piece. Weights that all ranks of a tensor group hold alike have
+/// buffers of their own: a simulator keeps equal ones once.
 fn alloc(
     stream: &dyn Stream,
     plan: &WeightPlan,
 ) -> Result<HashMap<WeightKey, (Tensor, Option<Tensor>)>, LoadError> {
-    let mut sizes: BTreeMap<usize, u64> = BTreeMap::new();
-    // Where each tensor begins in its layer's buffer.
-    let mut place = |spec: &WeightSpec, desc: &TensorDesc| {
-        let size = sizes.entry(spec.key.layer).or_default();
+    let mut sizes: BTreeMap<(usize, Option<Role>), u64> = BTreeMap::new();
+    // Which buffer a tensor is in, and where it begins there.
+    let mut place = |layer: usize, alone: Option<Role>, desc: &TensorDesc| {
+        let size = sizes.entry((layer, alone)).or_default();
         let at = *size;
         *size += desc.bytes().next_multiple_of(ALIGNMENT);
-        at
+        ((layer, alone), at)
     };
-    let places: Vec<_> = plan
-        .specs
-        .iter()
-        .map(|spec| (place(spec, &spec.desc), spec.scales.as_ref().map(|s| place(spec, s))))
-        .collect();
-    let mut buffers = BTreeMap::new();
-    for (layer, size) in sizes {
-        let name = || format!("the weights of layer {layer}");
-        let buffer = stream.alloc(size).map_err(|e| wrap(&name(), e))?;
-        buffers.insert(layer, buffer);
+    let mut places = Vec::with_capacity(plan.specs.len());
+    for WeightSpec { key, desc, scales, .. } in &plan.specs {
+        let tensor = place(key.layer, key.role.is_whole().then_some(key.role), desc);
+        places.push((tensor, scales.as_ref().map(|scales| place(key.layer, None, scales))));
     }
-    let tensors = plan.specs.iter().zip(places).map(|(spec, (at, scales_at))| {
-        let tensor = |desc, at| Tensor::new(buffers[&spec.key.layer].clone(), at, desc);
-        let scales = spec.scales.zip(scales_at).map(|(desc, at)| tensor(desc, at));
-        (spec.key, (tensor(spec.desc, at), scales))
+    let mut buffers = BTreeMap::new();
+    for ((layer, alone), size) in sizes {
+        let name = || match alone {
+            Some(role) => format!("{role:?} of layer {layer}"),
+            None => format!("the weights of layer {layer}"),
+        };
+        let buffer = stream.alloc(size).map_err(|e| wrap(&name(), e))?;
+        buffers.insert((layer, alone), buffer);
+    }
+    let tensors = plan.specs.iter().zip(places).map(|(spec, (place, scales_place))| {
+        let tensor = |desc, (buffer, at)| Tensor::new(buffers[&buffer].clone(), at, desc);
+        let scales = spec.scales.zip(scales_place).map(|(desc, place)| tensor(desc, place));
+        (spec.key, (tensor(spec.desc, place), scales))
     });
     Ok(tensors.collect())
 }

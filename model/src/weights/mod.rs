@@ -57,6 +57,14 @@ pub enum Role {
     Replicas,
 }
 
+impl Role {
+    /// Whether all ranks of a tensor group hold all of it, and it is large.
+    pub fn is_whole(self) -> bool {
+        use Role::{KvA, MtpProjection, QA, RopeTable, Router};
+        matches!(self, QA | KvA | Router | MtpProjection | RopeTable)
+    }
+}
+
 /// A weight of the model. Layer 0 stands for weights that belong to no layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WeightKey {

@@ -20,7 +20,6 @@ use hal::op::Access;
 use hal::trace::{CommandKind, WaitedFor};
 use hal::{Error, Label, Result, StreamId};
 use parking_lot::{Condvar, Mutex, MutexGuard};
-use rayon::prelude::*;
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -221,19 +220,6 @@ impl Admitted<'_> {
     }
 }
 
-/// Copies with all threads where it is worth it.
-fn copy(pool: &rayon::ThreadPool, src: &[u8], dst: &mut [u8]) {
-    const PIECE: usize = 1 << 20;
-    if src.len() < 4 * PIECE {
-        return dst.copy_from_slice(src);
-    }
-    pool.install(|| {
-        dst.par_chunks_mut(PIECE)
-            .zip(src.par_chunks(PIECE))
-            .for_each(|(dst, src)| dst.copy_from_slice(src));
-    });
-}
-
 impl Queue {
     /// As [`StreamShared::takes_part_in`].
     pub(super) fn takes_part_in(&mut self, group: &Arc<Group>) {
@@ -385,7 +371,7 @@ impl StreamShared {
             admitted.queue.activity = Activity::Scheduled;
             admitted.queue.submitted = admitted.sequence;
             let copied = MutexGuard::unlocked(&mut admitted.queue, || {
-                memory.try_write(offset, len, |m| copy(&self.system.pool, src, m)).is_some()
+                self.system.put(memory, offset, src).is_some()
             });
             admitted.push_first(work(if copied { Box::default() } else { src.into() }));
         }

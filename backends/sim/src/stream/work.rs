@@ -9,6 +9,7 @@ use crate::system::Shared;
 use hal::op::{Access, Routing};
 use hal::{Cause, Op};
 use parking_lot::Mutex;
+use rayon::prelude::*;
 use std::sync::Arc;
 
 /// The work of a command.
@@ -73,9 +74,7 @@ impl Work {
             Work::Write { memory, offset, bytes, len } => {
                 system.values(|| match bytes.is_empty() {
                     true => Ok(()),
-                    false => memory
-                        .try_write(*offset, *len, |m| m.copy_from_slice(bytes))
-                        .ok_or(Halt::Busy),
+                    false => system.put(memory, *offset, bytes).ok_or(Halt::Busy),
                 })?;
                 Ok(system.time(|| cost.transfer(*len, Path::Host, &system.topology)))
             }
@@ -103,10 +102,33 @@ impl Shared {
         if self.mode.functional() { f() } else { Ok(T::default()) }
     }
 
+    /// Puts bytes of the host into memory; `None` if a command holds it.
+    pub(super) fn put(&self, memory: &Memory, offset: u64, bytes: &[u8]) -> Option<()> {
+        let len = bytes.len() as u64;
+        let whole = len == memory.size && len >= memory::WORTH_SHARING;
+        if whole && self.dies.len() > 1 {
+            return memory.try_replace(bytes, &self.equals);
+        }
+        memory.try_write(offset, len, |to| copy(&self.pool, bytes, to))
+    }
+
     /// Works a cost out, where there is time.
     fn time(&self, f: impl FnOnce() -> Cost) -> Cost {
         if self.mode.timed() { f() } else { Cost::NOTHING }
     }
+}
+
+/// Copies with all threads where it is worth it.
+fn copy(pool: &rayon::ThreadPool, src: &[u8], dst: &mut [u8]) {
+    const PIECE: usize = 1 << 20;
+    if src.len() < 4 * PIECE {
+        return dst.copy_from_slice(src);
+    }
+    pool.install(|| {
+        dst.par_chunks_mut(PIECE)
+            .zip(src.par_chunks(PIECE))
+            .for_each(|(dst, src)| dst.copy_from_slice(src));
+    });
 }
 
 fn transfer(dst: &(Arc<Memory>, u64), src: &(Arc<Memory>, u64), len: u64) -> Result<(), Halt> {
