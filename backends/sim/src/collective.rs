@@ -264,7 +264,9 @@ fn run_round(
             // Come back when the other command is done.
             Err(Obstacle::Busy) => {
                 let again = system.clone();
-                return system.pool.run_once(move || run_round(again, group, number, round, devices));
+                return system
+                    .pool
+                    .run_once(move || run_round(again, group, number, round, devices));
             }
             Err(Obstacle::Data(rank, text)) => Err(fail(rank, Cause::Data(text))),
         },

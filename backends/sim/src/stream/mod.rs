@@ -12,8 +12,8 @@ mod recipe;
 mod timeline;
 mod work;
 
-pub(crate) use list::execute;
 pub(crate) use advance::Held;
+pub(crate) use list::execute;
 pub(crate) use prepared::Script;
 pub(crate) use queue::{Launch, StreamShared, Touch};
 pub(crate) use recipe::{Recipe, Recipes};

@@ -6,8 +6,8 @@
 //! A command that has been carried out is noted with what it costs and what it waited for. When it
 //! would have run, [`crate::clock`] works out when somebody asks.
 
-use super::prepared::Rest;
 use super::advance::Waiter;
+use super::prepared::Rest;
 use super::work::Work;
 use crate::clock::Carried;
 use crate::collective::Group;

@@ -77,9 +77,8 @@ impl Recipes {
         let desc = op.desc();
         let mut known = self.0.lock();
         let alike = known.entry(hash(&desc, label)).or_default();
-        let same = |recipe: &Arc<Recipe>| {
-            recipe.desc == desc && recipe.label.as_str() == label.as_str()
-        };
+        let same =
+            |recipe: &Arc<Recipe>| recipe.desc == desc && recipe.label.as_str() == label.as_str();
         if let Some(recipe) = alike.iter().filter_map(Weak::upgrade).find(same) {
             return recipe;
         }

@@ -80,9 +80,7 @@ impl Work {
             }
             Work::Read { memory, offset, len, reply } => {
                 system.values(|| {
-                    memory
-                        .try_read(*offset, *len, |m| *reply.lock() = m.to_vec())
-                        .ok_or(Halt::Busy)
+                    memory.try_read(*offset, *len, |m| *reply.lock() = m.to_vec()).ok_or(Halt::Busy)
                 })?;
                 Ok(system.time(|| cost.transfer(*len, Path::Host, &system.topology)))
             }
