@@ -93,14 +93,16 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let started = Instant::now();
     let (mut first_token, mut decode_began) = (None, Instant::now());
     let mut printer = Printer::new(&source, !to_stdout);
+    let mut told = Ok(());
     let generation = engine.generate(&prompt, &options, &mut |token| {
         if first_token.is_none() {
             first_token = Some(began.elapsed().as_secs_f64());
             decode_began = Instant::now();
-            running.trace.iter().for_each(|trace| trace.next_phase());
+            told = running.trace.as_ref().map_or(Ok(()), |trace| trace.next_phase());
         }
         printer.token(token);
     })?;
+    told?;
     let run_seconds = started.elapsed().as_secs_f64();
     let decode_seconds = decode_began.elapsed().as_secs_f64();
     let text = printer.finish()?;

@@ -19,7 +19,11 @@ use std::time::Instant;
 pub(crate) struct Tracing {
     log: Arc<SpanLog>,
     file: PartialFile,
+    watched: Watched,
 }
+
+/// The devices that are watched, and what they tell.
+type Watched = Vec<(Arc<dyn Device>, Arc<dyn TraceSink>)>;
 
 /// Hands each span to several.
 #[derive(Debug)]
@@ -51,7 +55,7 @@ impl Tracing {
         let file = PartialFile::create(path).with_context(what)?;
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
         let log = SpanLog::new(folder.unwrap_or(Path::new("."))).with_context(what)?;
-        Ok(Tracing { log: Arc::new(log), file })
+        Ok(Tracing { log: Arc::new(log), file, watched: Vec::new() })
     }
 
     /// Where spans go.
@@ -76,9 +80,15 @@ impl Tracing {
         Ok(())
     }
 
-    /// What is recorded from now on belongs to the next phase of the run.
-    pub(crate) fn next_phase(&self) {
+    /// What completes from now on belongs to the next phase of the run.
+    ///
+    /// # Errors
+    ///
+    /// A device's, which has to tell first of all that has completed.
+    pub(crate) fn next_phase(&self) -> hal::Result<()> {
+        self.watched.iter().try_for_each(|(device, _)| device.set_trace(None))?;
         self.log.next_phase();
+        self.watched.iter().try_for_each(|(device, sink)| device.set_trace(Some(sink.clone())))
     }
 
     /// Writes the file.
@@ -108,7 +118,7 @@ impl Running {
     /// Has what the engine runs from now on watched: by `sink`, and for `--trace`. Whether it is: a
     /// device may have a clock and not say what took how long. That is an error with `--trace` only.
     pub(crate) fn watch(
-        &self,
+        &mut self,
         engine: &Engine,
         sink: Option<Arc<dyn TraceSink>>,
     ) -> anyhow::Result<bool> {
@@ -118,11 +128,16 @@ impl Running {
             return Ok(false);
         }
         let each: Arc<dyn TraceSink> = Arc::new(Each(sinks));
+        let mut watched = Watched::new();
         for device in engine.devices().filter(|device| device.properties().clock.is_some()) {
             match device.set_trace(Some(each.clone())) {
                 Err(hal::Error::Unsupported { .. }) if self.trace.is_none() => return Ok(false),
                 other => other?,
             }
+            watched.push((device.clone(), each.clone()));
+        }
+        if let Some(trace) = &mut self.trace {
+            trace.watched = watched;
         }
         Ok(true)
     }
