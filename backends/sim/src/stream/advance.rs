@@ -276,7 +276,7 @@ impl StreamShared {
     fn finish_one(&self, done: Finished, step: Step, cost: Cost, delay: u64) -> Flow {
         let Finished { sequence, kind, label, issued, waited_for } = done;
         let carried = || {
-            let span = self.die().is_traced().then(|| Span {
+            let span = self.die().is_traced().then_some(Span {
                 stream: self.id,
                 sequence,
                 kind,
