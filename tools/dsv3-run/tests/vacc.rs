@@ -194,19 +194,32 @@ fn a_library_with_a_clock_and_no_profile_is_timed_without_a_breakdown() {
 fn both_backends_agree_on_several_dies() {
     let runtime = runtime();
     for plan in [
-        &["--tensor-parallel-size", "4"][..],
-        &["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2", "--enforce-eager"],
-        &[
-            "--tensor-parallel-size",
-            "2",
-            "--data-parallel-size",
-            "2",
-            "--expert-parallel",
-            "--overlap",
-            "two-batch",
-        ],
+        "tp 2",
+        "tp 4",
+        "tp 8 --overlap two-batch",
+        "tp 16",
+        "tp 32",
+        "tp 32 --enforce-eager",
+        "pp 2",
+        "pp 4",
+        "tp 2 pp 2 --enforce-eager",
+        "tp 4 pp 2",
+        "dp 2 --expert-parallel",
+        "dp 4 --expert-parallel --overlap two-batch",
+        "dp 8 --expert-parallel --enforce-eager",
+        "tp 2 dp 2 --expert-parallel --overlap two-batch",
+        "tp 4 dp 2 --expert-parallel",
     ] {
-        let common = [&["--json", "-"], plan].concat();
+        let plan: Vec<&str> = plan
+            .split(' ')
+            .map(|word| match word {
+                "tp" => "--tensor-parallel-size",
+                "pp" => "--pipeline-parallel-size",
+                "dp" => "--data-parallel-size",
+                other => other,
+            })
+            .collect();
+        let common = [&["--json", "-"], &plan[..]].concat();
         let sim = json(&dsv3(&common).output().unwrap());
         let vacc = ["--backend", "vacc", "--vacc-runtime", &runtime];
         let vacc = json(&dsv3(&[&common[..], &vacc].concat()).output().unwrap());
