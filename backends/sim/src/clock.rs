@@ -13,8 +13,8 @@
 use crate::cost::Cost;
 use crate::stream::{Recipe, Script, StreamShared};
 use crate::timeline::{Done, Step, StreamIndex, Timeline};
+use hal::StreamId;
 use hal::trace::{CommandKind, Span};
-use hal::{Clock, StreamId};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -82,21 +82,8 @@ impl Open {
     fn next(&mut self, sequence: u64, traced: bool) -> Option<Span> {
         let listed = |script: &Script, at: u32, cost: Option<&Cost>| {
             let recipe = script.recipe(at).filter(|_| traced)?;
-            let Cost { operations, bytes, bound, .. } = *cost.unwrap_or(recipe.usual_cost());
-            Some(Span {
-                stream: self.id,
-                sequence,
-                kind: CommandKind::Op(recipe.kind()),
-                label: recipe.label.clone(),
-                clock: Clock::Simulated,
-                ready: 0,
-                start: 0,
-                end: 0,
-                operations,
-                bytes,
-                bound,
-                waited_for: None,
-            })
+            let (kind, label) = (CommandKind::Op(recipe.kind()), recipe.label.clone());
+            Some(cost.unwrap_or(recipe.usual_cost()).span(self.id, sequence, kind, label))
         };
         loop {
             match self.carried.pop_front()? {
@@ -130,27 +117,13 @@ impl SimClock {
 
     /// Takes in what a stream has carried out.
     pub(crate) fn take_in(&self, stream: &StreamShared) {
-        let mut state = self.state.lock();
-        let State { timeline, open, taken } = &mut *state;
-        // With the clock locked, so that what is taken first is also pushed first.
-        stream.take_carried(taken);
-        let Open { carried: kept, last, .. } = &mut open[stream.index.0 as usize];
-        for mut carried in taken.drain(..) {
-            match &mut carried {
-                Carried::Launch(launch) => *last = (**launch).clone(),
-                Carried::Listed(at) => {
-                    let cost = last.0.recipe(*at).map_or(&Cost::NOTHING, Recipe::usual_cost);
-                    timeline.push(stream.index, last.1, 0, Step::Run(*cost));
-                }
-                Carried::ListedAt(_, cost) => {
-                    timeline.push(stream.index, last.1, 0, Step::Run(**cost));
-                }
-                Carried::One(single) => {
-                    let step = std::mem::replace(&mut single.step, Step::Run(Cost::NOTHING));
-                    timeline.push(stream.index, single.issued, single.delay, step);
-                }
-            }
-            kept.push_back(carried);
+        self.state.lock().take_in(stream);
+    }
+
+    /// As [`SimClock::take_in`], unless somebody is busy with the clock: then later will do.
+    pub(crate) fn take_in_if_free(&self, stream: &StreamShared) {
+        if let Some(mut state) = self.state.try_lock() {
+            state.take_in(stream);
         }
     }
 
@@ -208,6 +181,30 @@ impl SimClock {
 }
 
 impl State {
+    fn take_in(&mut self, stream: &StreamShared) {
+        let State { timeline, open, taken } = self;
+        // With the clock locked, so that what is taken first is also pushed first.
+        stream.take_carried(taken);
+        let Open { carried: kept, last, .. } = &mut open[stream.index.0 as usize];
+        for mut carried in taken.drain(..) {
+            match &mut carried {
+                Carried::Launch(launch) => *last = (**launch).clone(),
+                Carried::Listed(at) => {
+                    let cost = last.0.recipe(*at).map_or(&Cost::NOTHING, Recipe::usual_cost);
+                    timeline.push(stream.index, last.1, 0, Step::Run(*cost));
+                }
+                Carried::ListedAt(_, cost) => {
+                    timeline.push(stream.index, last.1, 0, Step::Run(**cost));
+                }
+                Carried::One(single) => {
+                    let step = std::mem::replace(&mut single.step, Step::Run(Cost::NOTHING));
+                    timeline.push(stream.index, single.issued, single.delay, step);
+                }
+            }
+            kept.push_back(carried);
+        }
+    }
+
     /// Tells those who trace what has ended.
     fn tell(&mut self, system: &crate::system::Shared) {
         let State { timeline, open, .. } = self;

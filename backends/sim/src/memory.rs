@@ -81,10 +81,15 @@ impl Memory {
 
     /// Overwrites all bytes, which may be those of other memory with equal ones, if no command holds
     /// them.
-    pub(crate) fn try_replace(&self, bytes: &[u8], equals: &Equals) -> Option<()> {
+    pub(crate) fn try_replace(
+        &self,
+        bytes: &[u8],
+        equals: &Equals,
+        copy: impl FnOnce(&[u8], &mut [u8]),
+    ) -> Option<()> {
         let Some(storage) = &self.storage else { return Some(()) };
         let mut guard = storage.try_write()?;
-        equals.replace(&mut guard, bytes);
+        equals.replace(&mut guard, bytes, copy);
         self.address.store(guard.address(), Ordering::Relaxed);
         Some(())
     }
@@ -358,16 +363,12 @@ pub(crate) fn spans(op: &hal::Op<SimTensor>) -> Spans<'_> {
 
 /// The same, for as long as they are wanted.
 pub(crate) fn extents(op: &hal::Op<SimTensor>) -> impl Iterator<Item = Extent> {
-    let mut memories = ArrayVec::<_, MAX_OPERANDS>::new();
-    op.visit(|_, _, t| memories.push(t.memory.clone()));
-    spans(op)
-        .into_iter()
-        .map(|Span { offset, len, access, operand, written, .. }| {
-            let memory = memories[usize::from(operand)].clone();
-            Extent { memory, offset, len, access, operand, written }
-        })
-        .collect::<ArrayVec<_, MAX_OPERANDS>>()
-        .into_iter()
+    let mut tensors = ArrayVec::<&SimTensor, MAX_OPERANDS>::new();
+    op.visit(|_, _, t| tensors.push(t));
+    spans(op).into_iter().map(move |Span { offset, len, access, operand, written, .. }| {
+        let memory = tensors[usize::from(operand)].memory.clone();
+        Extent { memory, offset, len, access, operand, written }
+    })
 }
 
 /// The op over argument numbers, in the same order.

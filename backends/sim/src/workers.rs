@@ -276,6 +276,30 @@ impl Threads {
 mod tests {
     use super::*;
 
+    /// Tasks that come one at a time, many at once, from tasks, and just when workers fall asleep.
+    #[test]
+    fn every_task_is_carried_out() {
+        let workers = Arc::new(Workers::start(3).unwrap());
+        let done = Arc::new(AtomicUsize::new(0));
+        let mut expected = 0;
+        for round in 0..300u32 {
+            for _ in 0..=round % 40 {
+                let (again, done) = (workers.clone(), done.clone());
+                workers.run_once(move || {
+                    done.fetch_add(1, Ordering::Relaxed);
+                    again.run_once(move || {
+                        done.fetch_add(1, Ordering::Relaxed);
+                    });
+                });
+                expected += 2;
+            }
+            // Around the time for which workers look out.
+            std::thread::sleep(LOOKOUT * (round % 4) / 2);
+        }
+        workers.wait_until_idle(|| false, Duration::from_secs(60));
+        assert_eq!(done.load(Ordering::Relaxed), expected);
+    }
+
     #[test]
     fn threads_end_whoever_drops_the_pool() {
         for by_a_worker in [false, true] {

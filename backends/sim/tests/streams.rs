@@ -75,6 +75,33 @@ fn copies_go_in_all_directions_at_odd_offsets() {
     assert_eq!((&around[..3], &around[100..]), (&[0xee; 3][..], &[0xee; 4][..]), "sentinels");
 }
 
+/// Dies that were sent the same bytes may share them in the host's memory; nobody else can tell.
+#[test]
+fn what_one_die_writes_does_not_show_on_another() {
+    let system = system(Mode::Full, 2);
+    let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+    let dies = [0, 1, 2].map(|number| {
+        let stream = die(&system, number).stream("s").unwrap();
+        let buffer = stream.alloc(bytes.len() as u64).unwrap();
+        stream.write(&buffer.whole(), &bytes).unwrap();
+        (stream, buffer)
+    });
+    let contents = |at: usize| {
+        let (stream, buffer) = &dies[at];
+        let mut got = vec![0; bytes.len()];
+        stream.read(&buffer.whole(), &mut got, SOON).unwrap();
+        got
+    };
+    let (stream, buffer) = &dies[1];
+    stream.fill(&buffer.region(5, 3).unwrap(), 0xee).unwrap();
+    let (stream, buffer) = &dies[2];
+    stream.write(&buffer.whole(), &vec![7; bytes.len()]).unwrap();
+    let mut filled = bytes.clone();
+    filled[5..8].fill(0xee);
+    assert!(contents(0) == bytes && contents(1) == filled);
+    assert_eq!(contents(2), vec![7; bytes.len()]);
+}
+
 #[test]
 fn memory_is_accounted_in_program_order() {
     let system = system(Mode::TimingOnly, 1);

@@ -270,6 +270,21 @@ mod tests {
     }
 
     #[test]
+    fn what_is_whole_is_what_large_weights_all_ranks_read_alike() {
+        let config = Preset::DeepSeekV3.config();
+        let all = PlanOptions { positions: 4096, ..OPTIONS };
+        let options = ParallelOptions { tensor: 2, ..ParallelOptions::default() };
+        let parallel = ParallelPlan::new(&config, options).unwrap();
+        let ranks = [0, 1].map(|rank| parallel.rank(rank));
+        for spec in plan(&config, &ranks[0], all).specs {
+            let [first, second] = ranks.each_ref().map(|r| pieces(&config, r, all, spec.key));
+            let alike = first == second && spec.bytes() >= 16 << 10;
+            // A norm of 14 KB is not worth a buffer of its own.
+            assert_eq!(spec.key.role.is_whole(), alike, "{:?}", spec.key);
+        }
+    }
+
+    #[test]
     fn tp32_splits_blocks_in_half_and_keeps_both_scales() {
         let config = Preset::DeepSeekV3.config();
         let options = ParallelOptions { tensor: 32, ..ParallelOptions::default() };

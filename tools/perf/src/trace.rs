@@ -1,7 +1,7 @@
 //! The commands of a played step as a device's tracer would have told them.
 
 use hal::trace::{Bound, CommandKind, Span, TraceSink, WaitedFor};
-use hal::{Clock, CommunicatorId, DeviceId, DiePlacement, Label, StreamId};
+use hal::{CommunicatorId, DeviceId, DiePlacement, Label, StreamId};
 use model::graph::{Node, Work};
 use model::schedule::Lane;
 use sim::cost::Cost;
@@ -88,23 +88,12 @@ impl Watch {
             }
             own.transfers.extend(pairs.first().map(|(key, _)| (own.spans.len(), *key)));
         }
-        own.spans.push(Span {
-            stream: own.id,
-            sequence,
-            kind,
-            label: match node {
-                Some(node) => Label::Shared(node.label.clone()),
-                None => Label::Static(kind.name()),
-            },
-            clock: Clock::Simulated,
-            ready: 0,
-            start: 0,
-            end: 0,
-            operations: cost.operations,
-            bytes: cost.bytes,
-            bound: if kind == CommandKind::Wait { Bound::Unknown } else { cost.bound },
-            waited_for,
-        });
+        let label = match node {
+            Some(node) => Label::Shared(node.label.clone()),
+            None => Label::Static(kind.name()),
+        };
+        let bound = if kind == CommandKind::Wait { Bound::Unknown } else { cost.bound };
+        own.spans.push(Span { bound, waited_for, ..cost.span(own.id, sequence, kind, label) });
     }
 
     /// A command has ended.

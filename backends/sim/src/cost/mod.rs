@@ -15,8 +15,8 @@ pub use tile::{Detail, Explained, Layout, TileModel};
 
 use crate::timeline::Shares;
 use hal::op::Routing;
-use hal::trace::Bound;
-use hal::{Collective, CollectiveKind, DeviceId, Op, TensorDesc, Topology};
+use hal::trace::{Bound, CommandKind, Span};
+use hal::{Clock, Collective, CollectiveKind, DeviceId, Label, Op, StreamId, TensorDesc, Topology};
 
 /// What a command costs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +66,24 @@ impl Cost {
     /// A command that only marks a place in its stream.
     pub const NOTHING: Cost =
         Cost { picos: 0, operations: 0, bytes: 0, bound: Bound::Unknown, shares: Shares::NONE };
+
+    /// What a trace says of a command at this cost, before it has times.
+    pub fn span(&self, stream: StreamId, sequence: u64, kind: CommandKind, label: Label) -> Span {
+        Span {
+            stream,
+            sequence,
+            kind,
+            label,
+            clock: Clock::Simulated,
+            ready: 0,
+            start: 0,
+            end: 0,
+            operations: self.operations,
+            bytes: self.bytes,
+            bound: self.bound,
+            waited_for: None,
+        }
+    }
 }
 
 /// Where a transfer goes.

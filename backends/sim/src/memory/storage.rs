@@ -9,6 +9,7 @@
 use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
 use parking_lot::Mutex;
+use std::alloc::{Layout, handle_alloc_error};
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hasher};
 use std::sync::{Arc, Weak};
@@ -40,6 +41,13 @@ impl std::fmt::Debug for Storage {
     }
 }
 
+impl Default for Storage {
+    /// No bytes.
+    fn default() -> Self {
+        Storage::Heap(Box::default())
+    }
+}
+
 impl Storage {
     pub(super) fn new(size: u64) -> Option<Self> {
         let bytes = usize::try_from(size).ok()?;
@@ -64,8 +72,9 @@ impl Storage {
 
     /// The bytes, no longer shared.
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
-        if let Storage::Shared(shared) = self {
-            let shared = std::mem::replace(shared, Arc::new(Storage::Heap(Box::default())));
+        if let Storage::Shared(_) = self
+            && let Storage::Shared(shared) = std::mem::take(self)
+        {
             *self = Arc::try_unwrap(shared).unwrap_or_else(|shared| shared.copied());
         }
         match self {
@@ -77,10 +86,11 @@ impl Storage {
 
     fn copied(&self) -> Storage {
         let bytes = self.bytes();
-        // Without memory for it there is no way on: nobody waits for an answer.
-        let mut lines = vec![Line([0; 64]); bytes.len().div_ceil(64)].into_boxed_slice();
-        bytemuck::cast_slice_mut(&mut lines)[..bytes.len()].copy_from_slice(bytes);
-        Storage::Heap(lines)
+        // In the middle of a command there is nobody who could be told that memory is out.
+        let mut copy = Storage::new(bytes.len() as u64)
+            .unwrap_or_else(|| handle_alloc_error(Layout::for_value(bytes)));
+        copy.bytes_mut().copy_from_slice(bytes);
+        copy
     }
 
     /// Where they lie.
@@ -94,23 +104,36 @@ impl Storage {
 pub(crate) struct Equals(Mutex<HashMap<u64, Vec<Weak<Storage>>>>);
 
 impl Equals {
-    /// Puts these bytes into a storage of as many.
-    pub(super) fn replace(&self, storage: &mut Storage, bytes: &[u8]) {
-        let mut known = self.0.lock();
-        let alike = known.entry(fingerprint(bytes)).or_default();
-        alike.retain(|other| other.strong_count() > 0);
+    /// Puts these bytes into a storage of as many, with `copy` where nobody has them yet.
+    pub(super) fn replace(
+        &self,
+        storage: &mut Storage,
+        bytes: &[u8],
+        copy: impl FnOnce(&[u8], &mut [u8]),
+    ) {
+        // Not locked while bytes are compared and copied. Two who write the same at the same time
+        // may both keep a copy.
+        let mark = fingerprint(bytes);
+        let alike = self.0.lock().get(&mark).cloned().unwrap_or_default();
         let equal = |other: &Arc<Storage>| other.bytes().get(..bytes.len()) == Some(bytes);
         let shared = alike.iter().filter_map(Weak::upgrade).find(equal).unwrap_or_else(|| {
-            storage.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
-            let own = std::mem::replace(storage, Storage::Heap(Box::default()));
-            let own = Arc::new(own);
-            alike.push(Arc::downgrade(&own));
+            copy(bytes, &mut storage.bytes_mut()[..bytes.len()]);
+            let own = Arc::new(std::mem::take(storage));
+            self.add(mark, &own);
             own
         });
         *storage = Storage::Shared(shared);
+    }
+
+    fn add(&self, mark: u64, storage: &Arc<Storage>) {
+        let mut known = self.0.lock();
         if known.len() == known.capacity() {
+            // As many that nobody has any more as there are others, at most.
             known.retain(|_, alike| alike.iter().any(|other| other.strong_count() > 0));
         }
+        let alike = known.entry(mark).or_default();
+        alike.retain(|other| other.strong_count() > 0);
+        alike.push(Arc::downgrade(storage));
     }
 }
 
@@ -132,7 +155,7 @@ mod tests {
 
     fn filled(equals: &Equals, bytes: &[u8]) -> Storage {
         let mut storage = Storage::new(bytes.len() as u64).unwrap();
-        equals.replace(&mut storage, bytes);
+        equals.replace(&mut storage, bytes, |from, to| to.copy_from_slice(from));
         storage
     }
 

@@ -13,7 +13,7 @@ use crate::timeline::Step;
 use crate::workers::Task;
 use hal::fault::FaultAction;
 use hal::trace::{CommandKind, Span, WaitedFor};
-use hal::{Cause, Clock, Error, Failure, Label};
+use hal::{Cause, Error, Failure, Label};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -77,7 +77,7 @@ impl Task for StreamShared {
         self.drain();
         if self.timed() {
             // By workers, side by side, rather than by the host, which they wait for.
-            self.system.clock.take_in(&self);
+            self.system.clock.take_in_if_free(&self);
         }
     }
 }
@@ -272,24 +272,12 @@ impl StreamShared {
         }
     }
 
-    /// A command that is not an op or a fill of a list has been carried out.
+    /// A command that is not an op of a list has been carried out.
     fn finish_one(&self, done: Finished, step: Step, cost: Cost, delay: u64) -> Flow {
         let Finished { sequence, kind, label, issued, waited_for } = done;
         let carried = || {
-            let span = self.die().is_traced().then_some(Span {
-                stream: self.id,
-                sequence,
-                kind,
-                label,
-                clock: Clock::Simulated,
-                ready: 0,
-                start: 0,
-                end: 0,
-                operations: cost.operations,
-                bytes: cost.bytes,
-                bound: cost.bound,
-                waited_for,
-            });
+            let span = || Span { waited_for, ..cost.span(self.id, sequence, kind, label) };
+            let span = self.die().is_traced().then(span);
             Carried::One(Box::new(Single { issued, delay, step, span }))
         };
         if self.finish(sequence, carried) { Flow::Continue } else { Flow::Stop }

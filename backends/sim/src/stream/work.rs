@@ -105,7 +105,7 @@ impl Shared {
         let len = bytes.len() as u64;
         let whole = len == memory.size && len >= memory::WORTH_SHARING;
         if whole && self.dies.len() > 1 {
-            return memory.try_replace(bytes, &self.equals);
+            return memory.try_replace(bytes, &self.equals, |from, to| copy(&self.pool, from, to));
         }
         memory.try_write(offset, len, |to| copy(&self.pool, bytes, to))
     }
