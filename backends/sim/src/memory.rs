@@ -35,7 +35,7 @@ pub(crate) const ALIGNMENT: u64 = 256;
 pub(crate) struct Memory {
     /// Absent in a timing-only simulation.
     storage: Option<RwLock<Storage>>,
-    /// Where the storage lies, for hints about it.
+    /// Where the storage lies, for those who fetch ahead; 0 where that is not worth it.
     address: AtomicUsize,
     pub(crate) id: BufferId,
     pub(crate) size: u64,
@@ -90,7 +90,8 @@ impl Memory {
         let Some(storage) = &self.storage else { return Some(()) };
         let mut guard = storage.try_write()?;
         equals.replace(&mut guard, bytes, copy);
-        self.address.store(guard.address(), Ordering::Relaxed);
+        // What several dies read is near already.
+        self.address.store(0, Ordering::Relaxed);
         Some(())
     }
 }
@@ -196,8 +197,10 @@ impl Extent {
     pub(crate) fn fetch_bytes(&self) {
         if self.access.reads() {
             let address = self.memory.address.load(Ordering::Relaxed);
-            let at = address.wrapping_add(self.offset as usize);
-            fetch(at, self.len.min(FETCHED) as usize);
+            if address != 0 {
+                let at = address.wrapping_add(self.offset as usize);
+                fetch(at, self.len.min(FETCHED) as usize);
+            }
         }
     }
 }
