@@ -266,7 +266,7 @@ fn run_round(
                 let again = system.clone();
                 return system
                     .pool
-                    .run_once(move || run_round(again, group, number, round, devices));
+                    .put_aside_once(move || run_round(again, group, number, round, devices));
             }
             Err(Obstacle::Data(rank, text)) => Err(fail(rank, Cause::Data(text))),
         },
@@ -322,7 +322,9 @@ fn run_pair(
     }
     if system.mode.functional() && copy(a, b).is_err() {
         let again = system.clone();
-        return system.pool.run_once(move || run_pair(again, group, (from, to), send, receive));
+        return system
+            .pool
+            .put_aside_once(move || run_pair(again, group, (from, to), send, receive));
     }
     let cost = match system.mode.timed() {
         true => system.cost.collective(

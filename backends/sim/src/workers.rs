@@ -3,6 +3,10 @@
 //! Tasks wait in one queue. A thread of the pool that has taken one goes on with the next, and looks
 //! out for more for a moment before it sleeps: ranks meet at collectives some ten times a token, and
 //! what all of them wait for is over sooner than a thread falls asleep and is woken again.
+//!
+//! A task whose memory is held by another one is put aside until some task has ended. Trying it over
+//! and over is not only a waste: a thread that waits for pieces of a kernel takes tasks meanwhile, and
+//! would never come back from one that needs the memory of that very kernel.
 
 use crossbeam::queue::SegQueue;
 use parking_lot::{Condvar, Mutex};
@@ -49,7 +53,11 @@ const SPINS: usize = 64;
 #[derive(Default)]
 struct Tasks {
     queue: SegQueue<Arc<dyn Task>>,
-    /// Queued or running.
+    /// Tasks that found memory held, until another one has ended.
+    aside: SegQueue<Arc<dyn Task>>,
+    /// Tasks that have ended, other than by being put aside.
+    ended: AtomicUsize,
+    /// Queued, put aside or running.
     count: AtomicUsize,
     /// Threads that take tasks, or are about to.
     takers: AtomicUsize,
@@ -66,15 +74,37 @@ impl std::fmt::Debug for Tasks {
     }
 }
 
-/// Counts a task as done when dropped, however it ended.
-struct Taken<'t>(&'t Tasks);
+/// A task under way, which counts as done when this is dropped, however it ended.
+struct Taken<'t> {
+    tasks: &'t Arc<Tasks>,
+    /// Tasks that had ended before it began.
+    ended: usize,
+}
+
+impl<'t> Taken<'t> {
+    fn begin(tasks: &'t Arc<Tasks>) -> Self {
+        Taken { tasks, ended: tasks.ended.load(Ordering::SeqCst) }
+    }
+}
 
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
-        if self.0.count.fetch_sub(1, Ordering::AcqRel) == 1 {
+        let Taken { tasks, ended } = self;
+        // Between putting a task aside and looking at who has ended; they do it the other way round.
+        let retry = if IS_ASIDE.take() {
+            fence(Ordering::SeqCst);
+            tasks.ended.load(Ordering::Relaxed) != *ended
+        } else {
+            tasks.note_end()
+        };
+        if retry {
+            tasks.queue_again();
+            tasks.call_taker();
+        }
+        if tasks.count.fetch_sub(1, Ordering::AcqRel) == 1 {
             // Whoever has seen a task under this lock sleeps by now.
-            drop(self.0.sleepers.lock());
-            self.0.none.notify_all();
+            drop(tasks.sleepers.lock());
+            tasks.none.notify_all();
         }
     }
 }
@@ -82,6 +112,8 @@ impl Drop for Taken<'_> {
 thread_local! {
     /// Whether this thread takes tasks already.
     static TAKES: Cell<bool> = const { Cell::new(false) };
+    /// Whether the task that this thread carries out has been put aside.
+    static IS_ASIDE: Cell<bool> = const { Cell::new(false) };
 }
 
 impl Tasks {
@@ -107,7 +139,7 @@ impl Tasks {
         }
         loop {
             while let Some(task) = self.queue.pop() {
-                let _counted = Taken(self);
+                let _counted = Taken::begin(self);
                 task.carry_out();
             }
             if !self.look_out() {
@@ -141,11 +173,30 @@ impl Tasks {
             return !self.queue.is_empty() && self.one_more();
         }
         // Whoever queued several may have relied on this thread, which takes one at a time.
+        self.call_taker();
+        true
+    }
+
+    /// Has another worker take tasks, if one is called for. Only for workers.
+    fn call_taker(self: &Arc<Self>) {
         if self.wants_taker() {
             let tasks = self.clone();
             rayon::spawn(move || tasks.take());
         }
-        true
+    }
+
+    /// Whoever held memory does so no more. Whether that is to be told to those put aside.
+    fn note_end(&self) -> bool {
+        self.ended.fetch_add(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        !self.aside.is_empty()
+    }
+
+    /// Queues again what was put aside.
+    fn queue_again(&self) {
+        while let Some(task) = self.aside.pop() {
+            self.queue.push(task);
+        }
     }
 }
 
@@ -185,6 +236,11 @@ impl Workers {
     pub(crate) fn run(&self, task: Arc<dyn Task>) {
         self.tasks.count.fetch_add(1, Ordering::AcqRel);
         self.tasks.queue.push(task);
+        self.call_taker();
+    }
+
+    /// As [`Tasks::call_taker`], for any thread.
+    fn call_taker(&self) {
         if self.tasks.wants_taker() {
             let tasks = self.tasks.clone();
             self.spawn(move || tasks.take());
@@ -194,6 +250,28 @@ impl Workers {
     /// As [`Workers::run`], for what is done once.
     pub(crate) fn run_once(&self, work: impl FnOnce() + Send + 'static) {
         self.run(Arc::new(Once(Mutex::new(Some(work)))));
+    }
+
+    /// Puts the task aside that calls this, since another one holds its memory: it is carried out
+    /// again when some task has ended, or a thread of the host has [let go](Workers::host_let_go) of
+    /// memory.
+    pub(crate) fn put_aside(&self, task: Arc<dyn Task>) {
+        self.tasks.count.fetch_add(1, Ordering::AcqRel);
+        self.tasks.aside.push(task);
+        IS_ASIDE.set(true);
+    }
+
+    /// As [`Workers::put_aside`], for what remains to be done once.
+    pub(crate) fn put_aside_once(&self, work: impl FnOnce() + Send + 'static) {
+        self.put_aside(Arc::new(Once(Mutex::new(Some(work)))));
+    }
+
+    /// A thread of the host has held memory, and queues no task after that.
+    pub(crate) fn host_let_go(&self) {
+        if self.tasks.note_end() {
+            self.tasks.queue_again();
+            self.call_taker();
+        }
     }
 
     /// Whether there is no task at the moment.
@@ -275,6 +353,7 @@ impl Threads {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::AtomicBool;
 
     /// Tasks that come one at a time, many at once, from tasks, and just when workers fall asleep.
     #[test]
@@ -298,6 +377,91 @@ mod tests {
         }
         workers.wait_until_idle(|| false, Duration::from_secs(60));
         assert_eq!(done.load(Ordering::Relaxed), expected);
+    }
+
+    /// How far a test has come.
+    #[derive(Default)]
+    struct Flag(AtomicBool);
+
+    impl Flag {
+        fn raise(&self) {
+            self.0.store(true, Ordering::Release);
+        }
+
+        fn is_up(&self) -> bool {
+            self.0.load(Ordering::Acquire)
+        }
+
+        fn wait(&self) {
+            while !self.is_up() {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    #[derive(Default)]
+    struct Flags {
+        piece_began: Flag,
+        part_began: Flag,
+        found_it_held: Flag,
+        got_it: Flag,
+    }
+
+    struct Needs {
+        memory: Arc<Mutex<()>>,
+        workers: Arc<Workers>,
+        flags: Arc<Flags>,
+    }
+
+    impl Task for Needs {
+        fn carry_out(self: Arc<Self>) {
+            if self.memory.try_lock().is_some() {
+                return self.flags.got_it.raise();
+            }
+            self.flags.found_it_held.raise();
+            self.workers.clone().put_aside(self);
+        }
+    }
+
+    /// A kernel holds memory, and the thread with one of its pieces waits for a part of that; meanwhile
+    /// it takes a task that needs the same memory. Tried over and over, that would never end.
+    #[test]
+    fn a_task_does_not_keep_the_kernel_that_it_waits_for() {
+        let (memory, flags) = (Arc::new(Mutex::new(())), Arc::new(Flags::default()));
+        let workers = Arc::new(Workers::start(2).unwrap());
+        let (held, f) = (memory.clone(), flags.clone());
+        workers.run_once(move || {
+            let _guard = held.lock();
+            let part = || {
+                f.part_began.raise();
+                f.found_it_held.wait();
+            };
+            let piece = || {
+                f.piece_began.raise();
+                rayon::join(|| f.part_began.wait(), part);
+            };
+            rayon::join(|| f.piece_began.wait(), piece);
+        });
+        flags.part_began.wait();
+        let needs = Needs { memory, workers: workers.clone(), flags: flags.clone() };
+        workers.run(Arc::new(needs));
+        workers.wait_until_idle(|| false, Duration::from_secs(60));
+        assert!(workers.is_idle() && flags.got_it.is_up());
+    }
+
+    #[test]
+    fn a_thread_of_the_host_lets_go() {
+        let (memory, flags) = (Arc::new(Mutex::new(())), Arc::new(Flags::default()));
+        let workers = Arc::new(Workers::start(2).unwrap());
+        let guard = memory.lock();
+        let needs =
+            Needs { memory: memory.clone(), workers: workers.clone(), flags: flags.clone() };
+        workers.run(Arc::new(needs));
+        flags.found_it_held.wait();
+        drop(guard);
+        workers.host_let_go();
+        workers.wait_until_idle(|| false, Duration::from_secs(60));
+        assert!(workers.is_idle() && flags.got_it.is_up());
     }
 
     #[test]
