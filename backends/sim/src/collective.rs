@@ -13,6 +13,7 @@ use crate::memory::{BorrowError, Guards, SimTensor, Slot, Slots, Span, arranged}
 use crate::stream::{Held, Launch, StreamShared, Touch, Work};
 use crate::system::Shared;
 use crate::timeline::{PairKey, Step};
+use crate::workers::once;
 pub(crate) use exchange::Part;
 use exchange::Shape;
 use hal::op::Access;
@@ -266,7 +267,7 @@ fn run_round(
                 let again = system.clone();
                 return system
                     .pool
-                    .put_aside_once(move || run_round(again, group, number, round, devices));
+                    .put_aside(once(move || run_round(again, group, number, round, devices)));
             }
             Err(Obstacle::Data(rank, text)) => Err(fail(rank, Cause::Data(text))),
         },
@@ -324,7 +325,7 @@ fn run_pair(
         let again = system.clone();
         return system
             .pool
-            .put_aside_once(move || run_pair(again, group, (from, to), send, receive));
+            .put_aside(once(move || run_pair(again, group, (from, to), send, receive)));
     }
     let cost = match system.mode.timed() {
         true => system.cost.collective(

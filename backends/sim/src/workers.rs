@@ -22,7 +22,11 @@ pub(crate) trait Task: Send + Sync + 'static {
     fn carry_out(self: Arc<Self>);
 }
 
-/// A task that is done once.
+/// A task that is carried out once.
+pub(crate) fn once(work: impl FnOnce() + Send + 'static) -> Arc<dyn Task> {
+    Arc::new(Once(Mutex::new(Some(work))))
+}
+
 struct Once<F>(Mutex<Option<F>>);
 
 impl<F: FnOnce() + Send + 'static> Task for Once<F> {
@@ -247,11 +251,6 @@ impl Workers {
         }
     }
 
-    /// As [`Workers::run`], for what is done once.
-    pub(crate) fn run_once(&self, work: impl FnOnce() + Send + 'static) {
-        self.run(Arc::new(Once(Mutex::new(Some(work)))));
-    }
-
     /// Puts the task aside that calls this, since another one holds its memory: it is carried out
     /// again when some task has ended, or a thread of the host has [let go](Workers::host_let_go) of
     /// memory.
@@ -259,11 +258,6 @@ impl Workers {
         self.tasks.count.fetch_add(1, Ordering::AcqRel);
         self.tasks.aside.push(task);
         IS_ASIDE.set(true);
-    }
-
-    /// As [`Workers::put_aside`], for what remains to be done once.
-    pub(crate) fn put_aside_once(&self, work: impl FnOnce() + Send + 'static) {
-        self.put_aside(Arc::new(Once(Mutex::new(Some(work)))));
     }
 
     /// A thread of the host has held memory, and queues no task after that.
@@ -364,12 +358,12 @@ mod tests {
         for round in 0..300u32 {
             for _ in 0..=round % 40 {
                 let (again, done) = (workers.clone(), done.clone());
-                workers.run_once(move || {
+                workers.run(once(move || {
                     done.fetch_add(1, Ordering::Relaxed);
-                    again.run_once(move || {
+                    again.run(once(move || {
                         done.fetch_add(1, Ordering::Relaxed);
-                    });
-                });
+                    }));
+                }));
                 expected += 2;
             }
             // Around the time for which workers look out.
@@ -430,7 +424,7 @@ mod tests {
         let (memory, flags) = (Arc::new(Mutex::new(())), Arc::new(Flags::default()));
         let workers = Arc::new(Workers::start(2).unwrap());
         let (held, f) = (memory.clone(), flags.clone());
-        workers.run_once(move || {
+        workers.run(once(move || {
             let _guard = held.lock();
             let part = || {
                 f.part_began.raise();
@@ -441,7 +435,7 @@ mod tests {
                 rayon::join(|| f.part_began.wait(), part);
             };
             rayon::join(|| f.piece_began.wait(), piece);
-        });
+        }));
         flags.part_began.wait();
         let needs = Needs { memory, workers: workers.clone(), flags: flags.clone() };
         workers.run(Arc::new(needs));
