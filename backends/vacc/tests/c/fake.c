@@ -126,13 +126,16 @@ vacc_status vacc_last_error(vacc_error *error) { return out(error, &last, sizeof
 
 vacc_status vacc_instance_create(const vacc_instance_options *options, vacc_instance *instance) {
   char config[256] = "";
-  char *setting;
+  char *setting, *next;
   calls = fail_at = commands = 0;
   fail_name[0] = 0;
   fail_code = VACC_ERROR_INTERNAL;
   if (options && options->config && options->config_length < sizeof config)
     memcpy(config, options->config, options->config_length);
-  for (setting = strtok(config, ";"); setting; setting = strtok(NULL, ";")) {
+  /* Not strtok, whose state all fakes of a process would share. */
+  for (setting = config; setting; setting = next) {
+    next = strchr(setting, ';');
+    if (next) *next++ = 0;
     if (strncmp(setting, "fail_at=", 8) == 0) fail_at = strtoull(setting + 8, NULL, 10);
     if (strncmp(setting, "fail=", 5) == 0) snprintf(fail_name, sizeof fail_name, "%s", setting + 5);
     if (strncmp(setting, "code=", 5) == 0) fail_code = (vacc_status)atoi(setting + 5);
