@@ -13,7 +13,6 @@ use crate::memory::{BorrowError, Guards, SimTensor, Slot, Slots, Span, arranged}
 use crate::stream::{Held, Launch, StreamShared, Touch, Work};
 use crate::system::Shared;
 use crate::timeline::{PairKey, Step};
-use crate::workers::once;
 pub(crate) use exchange::Part;
 use exchange::Shape;
 use hal::op::Access;
@@ -267,7 +266,7 @@ fn run_round(
                 let again = system.clone();
                 return system
                     .pool
-                    .put_aside(once(move || run_round(again, group, number, round, devices)));
+                    .run_once(move || run_round(again, group, number, round, devices));
             }
             Err(Obstacle::Data(rank, text)) => Err(fail(rank, Cause::Data(text))),
         },
@@ -323,9 +322,7 @@ fn run_pair(
     }
     if system.mode.functional() && copy(a, b).is_err() {
         let again = system.clone();
-        return system
-            .pool
-            .put_aside(once(move || run_pair(again, group, (from, to), send, receive)));
+        return system.pool.run_once(move || run_pair(again, group, (from, to), send, receive));
     }
     let cost = match system.mode.timed() {
         true => system.cost.collective(

@@ -206,7 +206,6 @@ impl RawBuffer for SimBuffer {
         self.host_only()?;
         self.in_range(offset, bytes.len())?;
         let read = self.memory.try_read(offset, bytes.len() as u64, |m| bytes.copy_from_slice(m));
-        self.shared.pool.host_let_go();
         read.ok_or_else(|| self.busy())
     }
 
@@ -214,7 +213,6 @@ impl RawBuffer for SimBuffer {
         self.host_only()?;
         self.in_range(offset, bytes.len())?;
         let wrote = self.memory.try_write(offset, bytes.len() as u64, |m| m.copy_from_slice(bytes));
-        self.shared.pool.host_let_go();
         wrote.ok_or_else(|| self.busy())
     }
 }

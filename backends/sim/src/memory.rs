@@ -3,7 +3,7 @@
 //! Memory that several streams share could be handed to kernels as raw pointers, with the hazard
 //! check as the argument that this is sound. Locks cost some 20 ns per buffer and operation, need
 //! no argument and no `unsafe`, so locks it is. They never block: a stream whose operands are held
-//! by another stream's command (disjoint parts of one buffer, say) is put aside until that is done.
+//! by another stream's command (disjoint parts of one buffer, say) is put back in the queue.
 
 mod accesses;
 mod buffers;

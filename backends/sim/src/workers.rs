@@ -4,9 +4,9 @@
 //! out for more for a moment before it sleeps: ranks meet at collectives some ten times a token, and
 //! what all of them wait for is over sooner than a thread falls asleep and is woken again.
 //!
-//! A task whose memory is held by another one is put aside until some task has ended. Trying it over
-//! and over is not only a waste: a thread that waits for pieces of a kernel takes tasks meanwhile, and
-//! would never come back from one that needs the memory of that very kernel.
+//! A thread may take tasks while it waits for pieces of a kernel that another one has, and goes on with
+//! the kernel only when it comes back. So it takes some and comes back: there may always be more. A task
+//! that finds memory held is queued again, and that very kernel may hold it.
 
 use crossbeam::queue::SegQueue;
 use parking_lot::{Condvar, Mutex};
@@ -22,11 +22,7 @@ pub(crate) trait Task: Send + Sync + 'static {
     fn carry_out(self: Arc<Self>);
 }
 
-/// A task that is carried out once.
-pub(crate) fn once(work: impl FnOnce() + Send + 'static) -> Arc<dyn Task> {
-    Arc::new(Once(Mutex::new(Some(work))))
-}
-
+/// A task that is done once.
 struct Once<F>(Mutex<Option<F>>);
 
 impl<F: FnOnce() + Send + 'static> Task for Once<F> {
@@ -50,6 +46,9 @@ pub(crate) struct Workers {
 /// How long a worker without tasks looks out for some: what it takes to fall asleep and be woken.
 const LOOKOUT: Duration = Duration::from_micros(50);
 
+/// Tasks that a thread takes before it looks whether it has something else to go on with.
+const TURN: usize = 32;
+
 /// Looks at the queue before it looks for pieces of kernels.
 const SPINS: usize = 64;
 
@@ -57,11 +56,7 @@ const SPINS: usize = 64;
 #[derive(Default)]
 struct Tasks {
     queue: SegQueue<Arc<dyn Task>>,
-    /// Tasks that found memory held, until another one has ended.
-    aside: SegQueue<Arc<dyn Task>>,
-    /// Tasks that have ended, other than by being put aside.
-    ended: AtomicUsize,
-    /// Queued, put aside or running.
+    /// Queued or running.
     count: AtomicUsize,
     /// Threads that take tasks, or are about to.
     takers: AtomicUsize,
@@ -78,37 +73,15 @@ impl std::fmt::Debug for Tasks {
     }
 }
 
-/// A task under way, which counts as done when this is dropped, however it ended.
-struct Taken<'t> {
-    tasks: &'t Arc<Tasks>,
-    /// Tasks that had ended before it began.
-    ended: usize,
-}
-
-impl<'t> Taken<'t> {
-    fn begin(tasks: &'t Arc<Tasks>) -> Self {
-        Taken { tasks, ended: tasks.ended.load(Ordering::SeqCst) }
-    }
-}
+/// Counts a task as done when dropped, however it ended.
+struct Taken<'t>(&'t Tasks);
 
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
-        let Taken { tasks, ended } = self;
-        // Between putting a task aside and looking at who has ended; they do it the other way round.
-        let retry = if IS_ASIDE.take() {
-            fence(Ordering::SeqCst);
-            tasks.ended.load(Ordering::Relaxed) != *ended
-        } else {
-            tasks.note_end()
-        };
-        if retry {
-            tasks.queue_again();
-            tasks.call_taker();
-        }
-        if tasks.count.fetch_sub(1, Ordering::AcqRel) == 1 {
+        if self.0.count.fetch_sub(1, Ordering::AcqRel) == 1 {
             // Whoever has seen a task under this lock sleeps by now.
-            drop(tasks.sleepers.lock());
-            tasks.none.notify_all();
+            drop(self.0.sleepers.lock());
+            self.0.none.notify_all();
         }
     }
 }
@@ -116,8 +89,6 @@ impl Drop for Taken<'_> {
 thread_local! {
     /// Whether this thread takes tasks already.
     static TAKES: Cell<bool> = const { Cell::new(false) };
-    /// Whether the task that this thread carries out has been put aside.
-    static IS_ASIDE: Cell<bool> = const { Cell::new(false) };
 }
 
 impl Tasks {
@@ -136,17 +107,26 @@ impl Tasks {
     /// What a taker does.
     fn take(self: &Arc<Self>) {
         if TAKES.replace(true) {
-            // While it looked out, this thread was given what was meant for another one. It finds
-            // the tasks by itself, and then calls the other one again.
+            // While it looked out or waited for pieces, this thread was given what was meant for
+            // another one. It finds the tasks by itself, and then calls the other one again.
             self.takers.fetch_sub(1, Ordering::SeqCst);
             return;
         }
+        let mut left = TURN;
         loop {
-            while let Some(task) = self.queue.pop() {
-                let _counted = Taken::begin(self);
+            while left > 0
+                && let Some(task) = self.queue.pop()
+            {
+                let _counted = Taken(self);
                 task.carry_out();
+                left -= 1;
             }
             if !self.look_out() {
+                break;
+            }
+            if left == 0 {
+                // The next turn has this one's place.
+                self.spawn_taker();
                 break;
             }
         }
@@ -177,30 +157,16 @@ impl Tasks {
             return !self.queue.is_empty() && self.one_more();
         }
         // Whoever queued several may have relied on this thread, which takes one at a time.
-        self.call_taker();
+        if self.wants_taker() {
+            self.spawn_taker();
+        }
         true
     }
 
-    /// Has another worker take tasks, if one is called for. Only for workers.
-    fn call_taker(self: &Arc<Self>) {
-        if self.wants_taker() {
-            let tasks = self.clone();
-            rayon::spawn(move || tasks.take());
-        }
-    }
-
-    /// Whoever held memory does so no more. Whether that is to be told to those put aside.
-    fn note_end(&self) -> bool {
-        self.ended.fetch_add(1, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        !self.aside.is_empty()
-    }
-
-    /// Queues again what was put aside.
-    fn queue_again(&self) {
-        while let Some(task) = self.aside.pop() {
-            self.queue.push(task);
-        }
+    /// Only for workers.
+    fn spawn_taker(self: &Arc<Self>) {
+        let tasks = self.clone();
+        rayon::spawn(move || tasks.take());
     }
 }
 
@@ -240,32 +206,15 @@ impl Workers {
     pub(crate) fn run(&self, task: Arc<dyn Task>) {
         self.tasks.count.fetch_add(1, Ordering::AcqRel);
         self.tasks.queue.push(task);
-        self.call_taker();
-    }
-
-    /// As [`Tasks::call_taker`], for any thread.
-    fn call_taker(&self) {
         if self.tasks.wants_taker() {
             let tasks = self.tasks.clone();
             self.spawn(move || tasks.take());
         }
     }
 
-    /// Puts the task aside that calls this, since another one holds its memory: it is carried out
-    /// again when some task has ended, or a thread of the host has [let go](Workers::host_let_go) of
-    /// memory.
-    pub(crate) fn put_aside(&self, task: Arc<dyn Task>) {
-        self.tasks.count.fetch_add(1, Ordering::AcqRel);
-        self.tasks.aside.push(task);
-        IS_ASIDE.set(true);
-    }
-
-    /// A thread of the host has held memory, and queues no task after that.
-    pub(crate) fn host_let_go(&self) {
-        if self.tasks.note_end() {
-            self.tasks.queue_again();
-            self.call_taker();
-        }
+    /// As [`Workers::run`], for what is done once.
+    pub(crate) fn run_once(&self, work: impl FnOnce() + Send + 'static) {
+        self.run(Arc::new(Once(Mutex::new(Some(work)))));
     }
 
     /// Whether there is no task at the moment.
@@ -358,12 +307,12 @@ mod tests {
         for round in 0..300u32 {
             for _ in 0..=round % 40 {
                 let (again, done) = (workers.clone(), done.clone());
-                workers.run(once(move || {
+                workers.run_once(move || {
                     done.fetch_add(1, Ordering::Relaxed);
-                    again.run(once(move || {
+                    again.run_once(move || {
                         done.fetch_add(1, Ordering::Relaxed);
-                    }));
-                }));
+                    });
+                });
                 expected += 2;
             }
             // Around the time for which workers look out.
@@ -397,65 +346,45 @@ mod tests {
     struct Flags {
         piece_began: Flag,
         part_began: Flag,
-        found_it_held: Flag,
-        got_it: Flag,
+        task_began: Flag,
+        kernel_ended: Flag,
     }
 
-    struct Needs {
-        memory: Arc<Mutex<()>>,
-        workers: Arc<Workers>,
-        flags: Arc<Flags>,
-    }
+    /// Is queued again until the kernel has ended, as if that held its memory.
+    struct Again(Arc<Workers>, Arc<Flags>);
 
-    impl Task for Needs {
+    impl Task for Again {
         fn carry_out(self: Arc<Self>) {
-            if self.memory.try_lock().is_some() {
-                return self.flags.got_it.raise();
+            self.1.task_began.raise();
+            if !self.1.kernel_ended.is_up() {
+                self.0.clone().run(self);
             }
-            self.flags.found_it_held.raise();
-            self.workers.clone().put_aside(self);
         }
     }
 
-    /// A kernel holds memory, and the thread with one of its pieces waits for a part of that; meanwhile
-    /// it takes a task that needs the same memory. Tried over and over, that would never end.
+    /// A thread with a piece of a kernel waits for a part of it, which another thread has, and takes a
+    /// task meanwhile that comes again and again until the kernel has ended.
     #[test]
-    fn a_task_does_not_keep_the_kernel_that_it_waits_for() {
-        let (memory, flags) = (Arc::new(Mutex::new(())), Arc::new(Flags::default()));
+    fn tasks_do_not_keep_the_kernel_that_they_interrupt() {
         let workers = Arc::new(Workers::start(2).unwrap());
-        let (held, f) = (memory.clone(), flags.clone());
-        workers.run(once(move || {
-            let _guard = held.lock();
+        let flags = Arc::new(Flags::default());
+        let f = flags.clone();
+        workers.run_once(move || {
             let part = || {
                 f.part_began.raise();
-                f.found_it_held.wait();
+                f.task_began.wait();
             };
             let piece = || {
                 f.piece_began.raise();
                 rayon::join(|| f.part_began.wait(), part);
             };
             rayon::join(|| f.piece_began.wait(), piece);
-        }));
+            f.kernel_ended.raise();
+        });
         flags.part_began.wait();
-        let needs = Needs { memory, workers: workers.clone(), flags: flags.clone() };
-        workers.run(Arc::new(needs));
+        workers.run(Arc::new(Again(workers.clone(), flags.clone())));
         workers.wait_until_idle(|| false, Duration::from_secs(60));
-        assert!(workers.is_idle() && flags.got_it.is_up());
-    }
-
-    #[test]
-    fn a_thread_of_the_host_lets_go() {
-        let (memory, flags) = (Arc::new(Mutex::new(())), Arc::new(Flags::default()));
-        let workers = Arc::new(Workers::start(2).unwrap());
-        let guard = memory.lock();
-        let needs =
-            Needs { memory: memory.clone(), workers: workers.clone(), flags: flags.clone() };
-        workers.run(Arc::new(needs));
-        flags.found_it_held.wait();
-        drop(guard);
-        workers.host_let_go();
-        workers.wait_until_idle(|| false, Duration::from_secs(60));
-        assert!(workers.is_idle() && flags.got_it.is_up());
+        assert!(workers.is_idle() && flags.kernel_ended.is_up());
     }
 
     #[test]

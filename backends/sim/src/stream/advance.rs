@@ -173,7 +173,9 @@ impl StreamShared {
                     rest.done += 1;
                 }
                 Err(Halt::Busy) => {
-                    return self.put_aside(Queued::List(rest));
+                    self.queue.lock().pending.push_front(Queued::List(rest));
+                    self.schedule();
+                    return Flow::Stop;
                 }
                 Err(Halt::Failed(cause)) => {
                     let (kind, label) = (rest.command().kind(), rest.command().label());
@@ -183,13 +185,6 @@ impl StreamShared {
             }
         }
         Flow::Continue
-    }
-
-    /// Another command holds the memory (disjoint parts of one buffer): later.
-    fn put_aside(self: &Arc<Self>, next: Queued) -> Flow {
-        self.queue.lock().pending.push_front(next);
-        self.system.pool.put_aside(self.clone());
-        Flow::Stop
     }
 
     fn execute(self: &Arc<Self>, mut pending: Pending, delay: u64) -> Flow {
@@ -203,8 +198,11 @@ impl StreamShared {
             work => match work.run(&self.system) {
                 Ok(cost) => self.finish_one(pending.into(), Step::Run(cost), cost, delay),
                 Err(Halt::Busy) => {
+                    // Another command holds the memory (disjoint parts of one buffer): later.
                     pending.work = work;
-                    self.put_aside(Queued::One(pending))
+                    self.queue.lock().pending.push_front(Queued::One(pending));
+                    self.schedule();
+                    Flow::Stop
                 }
                 Err(Halt::Failed(cause)) => {
                     self.fail_command(&pending, cause);
